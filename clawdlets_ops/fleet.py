@@ -1,0 +1,322 @@
+"""``fleet/clawdlets.json``: the declared fleet as strict models. Holds no secret, only names of secrets.
+
+``sshExposure.mode`` says where SSH may be reached from, and the three words mean three different things:
+
+* ``tailnet`` — the goal for a bot host. Public SSH exists only between creation and lockdown, from ``adminCidrs``;
+  after lockdown neither the cloud firewall nor the host accepts tcp/22 except on ``tailscale0``.
+* ``bootstrap`` — deliberately still on the way: the window for ``adminCidrs`` stays open, lockdown is not attempted,
+  and every verification reports the open window as a failure, because public SSH is meant to be temporary.
+* ``public`` — a decision: SSH stays reachable from ``adminCidrs`` for good, and verification expects exactly that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic.alias_generators import to_camel
+
+from clawdlets_ops.errors import FleetError
+
+SCHEMA_VERSION = 1
+
+# RFC 1123 label, as systemd and Hetzner take it: at most 63 characters, letters, digits and inner dashes.
+HostName = Annotated[str, StringConstraints(pattern=r"^[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
+SecretName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
+UnixName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_-]{0,30}$")]
+DomainName = Annotated[
+    str, StringConstraints(pattern=r"^\.?(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$")
+]
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+WORLD_OPEN_BELOW_PREFIX = {4: 8, 6: 20}
+"""A network with a shorter prefix than this is the internet at large, whatever its first address."""
+
+KEY_TYPES = ("ssh-ed25519", "sk-ssh-ed25519@openssh.com", "ecdsa-sha2-nistp256", "sk-ecdsa-sha2-nistp256@openssh.com")
+RESERVED_SECRETS = {
+    "admin_password_hash": "set by every host's admin user",
+    "breakglass_password_hash": "set by every host's breakglass user",
+    "tailscale_auth_key": "wired by tailnet.mode",
+}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        alias_generator=to_camel,
+        validate_by_name=False,
+        validate_by_alias=True,
+    )
+
+
+class Hetzner(_Model):
+    """What to order. ``image`` is only the system that the installation starts from."""
+
+    server_type: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]+$")] = "cx23"
+    location: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]+$")] = "nbg1"
+    image: Annotated[str, StringConstraints(pattern=r"^[a-z0-9.-]+$")] = "debian-12"
+
+
+class Provisioning(_Model):
+    """Who may reach the host before lockdown. ``sshPubkeyFile`` is relative to the project, or starts with ``~/``."""
+
+    admin_cidrs: tuple[str, ...] = ()
+    admin_cidr_allow_world_open: bool = False
+    ssh_pubkey_file: str = ""
+
+    @field_validator("admin_cidrs")
+    @classmethod
+    def _canonical(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(parse_cidr(value)) for value in values)
+
+    @model_validator(mode="after")
+    def _not_the_world(self) -> Provisioning:
+        if not self.admin_cidr_allow_world_open:
+            for network in world_open(parse_cidr(value) for value in self.admin_cidrs):
+                raise ValueError(
+                    f"adminCidrs open the host to the internet at large ({network}); name your own networks, "
+                    "or say adminCidrAllowWorldOpen: true"
+                )
+        return self
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """The admin networks, parsed."""
+        return tuple(parse_cidr(value) for value in self.admin_cidrs)
+
+
+class SshExposure(_Model):
+    """Where SSH may be reached from once the host is set up; see the module's docstring."""
+
+    mode: Literal["bootstrap", "tailnet", "public"] = "tailnet"
+
+
+class Tailnet(_Model):
+    """``allowUdpIngress`` opens UDP/41641 for direct connections; without it Tailscale relays through DERP."""
+
+    mode: Literal["none", "tailscale"] = "tailscale"
+    allow_udp_ingress: bool = True
+
+
+class Egress(_Model):
+    """What bots may reach. ``smtp-only`` drops outbound 25, 465, 587 and 2525 and nothing else."""
+
+    mode: Literal["smtp-only", "proxy-allowlist", "none"] = "smtp-only"
+    allowed_domains: tuple[DomainName, ...] = ()
+
+    @model_validator(mode="after")
+    def _domains_where_used(self) -> Egress:
+        if self.mode == "proxy-allowlist" and not self.allowed_domains:
+            raise ValueError("egress.mode proxy-allowlist needs at least one entry in allowedDomains")
+        return self
+
+
+class SecretWiring(_Model):
+    """Who may read a secret once it is decrypted to ``/run/secrets/<name>``: a service user, made when missing."""
+
+    owner: UnixName = "root"
+    group: UnixName | None = None
+    mode: Annotated[str, StringConstraints(pattern=r"^0[46]00$|^0[46]40$")] = "0400"
+
+
+class Host(_Model):
+    """One host of the fleet."""
+
+    system: Literal["x86_64-linux", "aarch64-linux"] = "x86_64-linux"
+    disk_device: Annotated[str, StringConstraints(pattern=r"^/dev/[A-Za-z0-9][A-Za-z0-9/_.:-]*$")] = "/dev/sda"
+    hetzner: Hetzner = Field(default_factory=Hetzner)
+    provisioning: Provisioning = Field(default_factory=Provisioning)
+    ssh_authorized_keys: tuple[str, ...] = ()
+    ssh_exposure: SshExposure = Field(default_factory=SshExposure)
+    tailnet: Tailnet = Field(default_factory=Tailnet)
+    target_host: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]*$")] | None = None
+    egress: Egress = Field(default_factory=Egress)
+    secrets: dict[SecretName, SecretWiring] = Field(default_factory=dict)
+
+    @field_validator("disk_device")
+    @classmethod
+    def _no_climbing(cls, value: str) -> str:
+        if ".." in value.split("/"):
+            raise ValueError("diskDevice must be a plain path below /dev")
+        return value
+
+    @field_validator("ssh_authorized_keys")
+    @classmethod
+    def _public_keys(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            check_public_key(value)
+        return values
+
+    @field_validator("secrets")
+    @classmethod
+    def _not_reserved(cls, values: dict[str, SecretWiring]) -> dict[str, SecretWiring]:
+        for name in values.keys() & RESERVED_SECRETS.keys():
+            raise ValueError(f"{name} is {RESERVED_SECRETS[name]}; it is not to be wired here")
+        for name in values:
+            if name.endswith("_unencrypted"):  # sops' default unencrypted suffix
+                raise ValueError(f"{name}: sops leaves a value of such a name in clear; choose another")
+        return values
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Host:
+        if self.ssh_exposure.mode == "tailnet" and self.tailnet.mode == "none":
+            raise ValueError("sshExposure.mode tailnet with tailnet.mode none is a host that nobody can reach")
+        if not self.ssh_authorized_keys and not self.provisioning.ssh_pubkey_file:
+            raise ValueError("no admin key: give sshAuthorizedKeys, provisioning.sshPubkeyFile, or both")
+        if not self.provisioning.admin_cidrs:
+            raise ValueError("provisioning.adminCidrs is empty: nobody could reach the host to install it")
+        return self
+
+
+class Fleet(_Model):
+    """The whole file."""
+
+    schema_version: Literal[1]
+    hosts: Annotated[dict[HostName, Host], Field(min_length=1)]
+
+    def host(self, name: str) -> Host:
+        """The host called ``name``; FleetError with the nearest name when there is none."""
+        if name in self.hosts:
+            return self.hosts[name]
+        near = difflib.get_close_matches(name, self.hosts, n=1)
+        raise FleetError(
+            f"there is no host {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            where="hosts",
+            fix=f"declared are: {', '.join(sorted(self.hosts))}",
+        )
+
+
+def parse_cidr(text: str) -> Network:
+    """``text`` as a network. A ``/0`` may have host bits (it means the world anyway); anywhere else they are refused.
+
+    A bare address is one host (/32, /128). ValueError otherwise.
+    """
+    try:
+        loose = ipaddress.ip_network(text, strict=False)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a network in CIDR form: {error}") from error
+    address = ipaddress.ip_address(text.split("/")[0])
+    if loose.prefixlen and address != loose.network_address:
+        raise ValueError(f"{text!r} has host bits set; did you mean {loose}?")
+    return loose
+
+
+def world_open(networks: Iterable[Network]) -> list[Network]:
+    """Those networks, taken together, that amount to the internet at large (two /1 make a /0)."""
+    nets = list(networks)
+    v4 = ipaddress.collapse_addresses(net for net in nets if isinstance(net, ipaddress.IPv4Network))
+    v6 = ipaddress.collapse_addresses(net for net in nets if isinstance(net, ipaddress.IPv6Network))
+    together: list[Network] = [*v4, *v6]
+    return [net for net in together if net.prefixlen < WORLD_OPEN_BELOW_PREFIX[net.version]]
+
+
+def check_public_key(line: str) -> None:
+    """ValueError unless ``line`` is one OpenSSH public key of an accepted type, without options."""
+    if "PRIVATE KEY" in line:
+        raise ValueError("this is a private key: take it out of the file and replace the key pair")
+    if "\n" in line or not re.fullmatch(r"\S+ [A-Za-z0-9+/]+={0,3}( .*)?", line):
+        raise ValueError("an authorized key is one line: type, base64, optional comment; no options")
+    if line.split()[0] not in KEY_TYPES:
+        raise ValueError(f"key type {line.split()[0]!r} is not accepted; accepted are {', '.join(KEY_TYPES)}")
+
+
+def parse_fleet(text: str, *, where: str = "fleet/clawdlets.json") -> Fleet:
+    """The fleet in ``text`` (JSON). Every fault is named with its key path; FleetError.
+
+    ``$schema`` at the top and ``$comment`` in any object are for people and editors, and are dropped.
+    """
+    try:
+        raw = json.loads(text, object_pairs_hook=_no_duplicates)
+    except ValueError as error:
+        raise FleetError(f"is not valid JSON: {error}", where=where) from error
+    if isinstance(raw, dict):
+        raw.pop("$schema", None)
+    try:
+        return Fleet.model_validate_json(json.dumps(_without_comments(raw)))
+    except ValidationError as error:
+        faults = [_describe(fault) for fault in error.errors()]
+        raise FleetError(
+            "\n".join(["is not an acceptable fleet:", *(f"  {fault}" for fault in faults)]), where=where
+        ) from None
+
+
+def load_fleet(path: Path) -> Fleet:
+    """The fleet in the file ``path``; FleetError when it is missing or wrong."""
+    try:
+        return parse_fleet(path.read_text(encoding="utf-8"), where=str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FleetError(
+            f"cannot be read: {error}", where=str(path), fix="run this in a project, or name one with --project DIR"
+        ) from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the file, for editors."""
+    schema = Fleet.model_json_schema(by_alias=True)
+    schema["properties"]["$schema"] = {"type": "string"}
+    for part in [schema, *schema.get("$defs", {}).values()]:
+        if part.get("type") == "object" and "properties" in part:
+            part["properties"]["$comment"] = {"type": "string"}
+    return schema
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"the key {key!r} appears twice in one object")
+        seen[key] = value
+    return seen
+
+
+def _without_comments(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_comments(part) for key, part in value.items() if key != "$comment"}
+    if isinstance(value, list):
+        return [_without_comments(part) for part in value]
+    return value
+
+
+def _describe(fault: Any) -> str:
+    """One fault as ``key.path: what is wrong``, with a suggestion for a misspelt key. Values are not repeated."""
+    location = [part for part in fault["loc"] if part != "[key]"]
+    path = ".".join(str(part) for part in location) or "(top)"
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+        return f"{path}: unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{path}: is required"
+    return f"{path}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _known_keys(location: list[Any]) -> list[str]:
+    """The keys that the model at ``location`` knows."""
+    model: Any = Fleet
+    inside_map = False
+    for part in location:
+        if inside_map:  # this part is a key of a map, such as a host's name
+            inside_map = False
+            continue
+        info = next((field for field in model.model_fields.values() if field.alias == part), None)
+        if info is None:
+            return []
+        annotation = info.annotation
+        arguments = [argument for argument in get_args(annotation) if isinstance(argument, type)]
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+        elif arguments and issubclass(arguments[-1], BaseModel):
+            model, inside_map = arguments[-1], True
+        else:
+            return []
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,168 @@
+"""Every path of the security model, with the mode and owner it must have.
+
+Source: ``security-model.md``, section "Boundaries". Three places: the public-safe repository, the local runtime dir
+(gitignored), the server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+RUNTIME_DIR = ".clawdlets"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths below one project root. Nothing here touches the disk."""
+
+    root: Path
+
+    # --- the public-safe repository ---
+
+    @property
+    def fleet_file(self) -> Path:
+        """The declared fleet; no secrets."""
+        return self.root / "fleet" / "clawdlets.json"
+
+    @property
+    def secrets_dir(self) -> Path:
+        """sops-encrypted files; safe to commit."""
+        return self.root / "secrets"
+
+    @property
+    def sops_config(self) -> Path:
+        """Which recipients a file of which name gets (0644)."""
+        return self.secrets_dir / ".sops.yaml"
+
+    def host_secrets_dir(self, host: str) -> Path:
+        """One encrypted file per secret of a host, for the host and the operators."""
+        return self.secrets_dir / "hosts" / host
+
+    def secret_file(self, host: str, name: str) -> Path:
+        """The encrypted file of one secret: one key, called as the file."""
+        return self.host_secrets_dir(host) / f"{name}.yaml"
+
+    def host_age_key_file(self, host: str) -> Path:
+        """The host's age key pair, encrypted to the operators only."""
+        return self.secrets_dir / "keys" / "hosts" / f"{host}.agekey.yaml"
+
+    def host_age_public_key(self, host: str) -> Path:
+        """The public half of the host's age key (0644): recipients can be checked without any private key."""
+        return self.secrets_dir / "keys" / "hosts" / f"{host}.age.pub"
+
+    def host_ssh_key_file(self, host: str) -> Path:
+        """The host's private SSH host key, encrypted to the operators only."""
+        return self.secrets_dir / "keys" / "hosts" / f"{host}.ssh_host_ed25519_key.yaml"
+
+    def host_ssh_public_key(self, host: str) -> Path:
+        """The pin: the public half of the host's SSH host key (0644)."""
+        return self.secrets_dir / "keys" / "hosts" / f"{host}.ssh_host_ed25519_key.pub"
+
+    @property
+    def operator_recipients_dir(self) -> Path:
+        """``<operator>.age.pub`` (0644): every one of them is a recipient of every file."""
+        return self.secrets_dir / "keys" / "operators"
+
+    # --- the local runtime dir: 0700, gitignored ---
+
+    @property
+    def runtime(self) -> Path:
+        """0700; everything below is private."""
+        return self.root / RUNTIME_DIR
+
+    @property
+    def env_file(self) -> Path:
+        """0600, KEY=VALUE lines: the operator's environment for this project."""
+        return self.runtime / "env"
+
+    @property
+    def vantages_file(self) -> Path:
+        """Where probes may be made from, beyond this machine (JSON)."""
+        return self.runtime / "vantages.json"
+
+    def operator_key(self, operator: str) -> Path:
+        """0600: an operator's private age key; never committed."""
+        return self.runtime / "keys" / "operators" / f"{operator}.agekey"
+
+    def extra_files(self, host: str) -> Path:
+        """The install payload, laid out as on the server's root."""
+        return self.runtime / "extra-files" / host
+
+    def tofu_dir(self, host: str) -> Path:
+        """OpenTofu's working directory and state of one host (0700)."""
+        return self.runtime / "infra" / "opentofu" / host
+
+    @property
+    def bound_to(self) -> Path:
+        """Which cloud endpoint this runtime dir belongs to: state of one is never used against another."""
+        return self.runtime / "infra" / "endpoint"
+
+    def lock(self, name: str) -> Path:
+        """A lock file."""
+        return self.runtime / "locks" / f"{name}.lock"
+
+    def state_file(self, name: str) -> Path:
+        """What a no-op is recognised by: keyed digests, nothing secret (0600)."""
+        return self.runtime / "state" / f"{name}.json"
+
+    @property
+    def runs(self) -> Path:
+        """Run journals (JSON lines)."""
+        return self.runtime / "runs"
+
+    def reports(self, host: str) -> Path:
+        """Verification reports and install receipts of one host."""
+        return self.runtime / "reports" / host
+
+    def installer_pin(self, host: str) -> Path:
+        """The host key that the fresh server showed when it was first met, until it is installed."""
+        return self.runtime / "known_hosts" / f"{host}.installer"
+
+    @property
+    def lab(self) -> Path:
+        """The lab's own state."""
+        return self.runtime / "lab"
+
+    @property
+    def cache(self) -> Path:
+        """Rebuildable things, gitignored: tools, the lab's base system."""
+        return self.root / ".cache"
+
+
+@dataclass(frozen=True)
+class OnServer:
+    """A path on the server with what it must be. ``mode`` is octal, owner and group by name."""
+
+    path: PurePosixPath
+    mode: int
+    owner: str
+    group: str
+    kind: str = "file"
+
+
+HOST_AGE_KEY = OnServer(PurePosixPath("/var/lib/sops-nix/key.txt"), 0o400, "root", "root")
+HOST_AGE_KEY_DIR = OnServer(PurePosixPath("/var/lib/sops-nix"), 0o700, "root", "root", "directory")
+SSH_HOST_KEY = OnServer(PurePosixPath("/etc/ssh/ssh_host_ed25519_key"), 0o600, "root", "root")
+SSH_HOST_PUBLIC_KEY = OnServer(PurePosixPath("/etc/ssh/ssh_host_ed25519_key.pub"), 0o644, "root", "root")
+INSTALL_MARKER = OnServer(PurePosixPath("/var/lib/clawdlets/install.json"), 0o644, "root", "root")
+SECRETS_WIRING = OnServer(PurePosixPath("/var/lib/clawdlets/secrets-wiring.json"), 0o644, "root", "root")
+RUN_SECRETS = PurePosixPath("/run/secrets")
+CLF_RUN_DIR = OnServer(PurePosixPath("/run/clf"), 0o750, "root", "clf-bots", "directory")
+ORCHESTRATOR_SOCKET = OnServer(PurePosixPath("/run/clf/orchestrator.sock"), 0o660, "root", "clf-bots", "socket")
+ORCHESTRATOR_STATE_DIR = OnServer(
+    PurePosixPath("/var/lib/clf/orchestrator"), 0o700, "clf-orchestrator", "clf-orchestrator", "directory"
+)
+ORCHESTRATOR_DATABASE = OnServer(
+    PurePosixPath("/var/lib/clf/orchestrator/state.sqlite"), 0o600, "clf-orchestrator", "clf-orchestrator"
+)
+
+
+def secrets_dir_on_server(host: str) -> OnServer:
+    """Where a host's encrypted files lie on the host."""
+    return OnServer(PurePosixPath(f"/var/lib/clawdlets/secrets/hosts/{host}"), 0o700, "root", "root", "directory")
+
+
+def secret_file_on_server(host: str, name: str) -> OnServer:
+    """One encrypted file on the host."""
+    return OnServer(secrets_dir_on_server(host).path / f"{name}.yaml", 0o400, "root", "root")
