@@ -1,0 +1,168 @@
+"""The cloud's books: the state under one lock, every change persisted, and the actions with the jobs they stand for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from clawdlets_ops.errors import LabError
+from clawdlets_ops.files import read_private, write_atomic
+from clawdlets_ops.lab import edge
+from clawdlets_ops.lab.backend import MachineSpec
+from clawdlets_ops.lab.catalogue import Json
+from clawdlets_ops.lab.edge import Rules
+from clawdlets_ops.lab.grammar import ApiError
+from clawdlets_ops.lab.records import Action, Firewall, Server, SshKey, State, by_id
+from clawdlets_ops.lab.workers import Workers, attempt
+
+DELETED = "deleted"
+UNKNOWN = "unknown"
+
+
+class Ledger:
+    """Holds a State; LabError or SettingsError when the state file is not usable.
+
+    ``state`` is read under ``lock`` and changed inside ``mutation`` only.
+    """
+
+    def __init__(self, state_file: Path | None, clock: Callable[[], datetime]) -> None:
+        self.lock = threading.RLock()
+        self.state = _load(state_file)
+        self._state_file = state_file
+        self._clock = clock
+        self._committed = self.state.to_json()
+        self._local = threading.local()
+        self._workers = Workers()
+
+    def now(self) -> datetime:
+        return self._clock().astimezone(UTC)
+
+    def timestamp(self) -> str:
+        return self.now().isoformat(timespec="seconds")
+
+    def mutations(self) -> int:
+        """How many changes of the state the calling thread has made so far."""
+        count: int = getattr(self._local, "mutations", 0)
+        return count
+
+    @contextmanager
+    def mutation(self) -> Iterator[State]:
+        """Hold the lock, then persist what changed. A refusal (an exception inside) must come before any change."""
+        with self.lock:
+            yield self.state
+            text = self.state.to_json()
+            if text == self._committed:
+                return
+            if self._state_file is not None:
+                write_atomic(self._state_file, text)
+            self._committed = text
+            self._local.mutations = self.mutations() + 1
+
+    def action(self, command: str, *resources: SshKey | Firewall | Server) -> Action:
+        """A new running action."""
+        kinds = {SshKey: "ssh_key", Firewall: "firewall", Server: "server"}
+        named: list[Json] = [{"id": resource.id, "type": kinds[type(resource)]} for resource in resources]
+        action = Action(self.state.take_id("actions"), command, "running", self.timestamp(), named)
+        self.state.actions[action.id] = action
+        self.state.forget_old_actions()
+        return action
+
+    def done(self, command: str, *resources: SshKey | Firewall | Server) -> Action:
+        """A new action that has succeeded."""
+        action = self.action(command, *resources)
+        action.settle(self.timestamp(), None)
+        return action
+
+    def claim(self, server: Server, command: str, status: str) -> Action:
+        """Lock the server for an action that is going to run; 423 when another one has it."""
+        if server.locked:
+            raise ApiError(423, "locked", "server is locked: another action is running")
+        server.locked, server.status = True, status
+        return self.action(command, server)
+
+    def start(
+        self,
+        server: Server,
+        actions: Sequence[Action],
+        call: Callable[[MachineSpec, Rules], None],
+        *,
+        status: str | None = None,
+        enforces: bool = False,
+        direct_only: bool = False,
+    ) -> None:
+        """Queue ``call`` on the server's worker; the actions end with it.
+
+        status is what the server becomes by it (`unknown` when it fails); None leaves status and lock alone. enforces
+        says that the rules handed over are in force afterwards. direct_only leaves out attachments by label selector.
+        """
+
+        def job() -> None:
+            with self.lock:
+                exists = server.id in self.state.servers
+                spec, wanted = _spec(server), server.edge_wanted
+                rules = edge.effective(self.state, server, direct_only=direct_only)
+                whole = rules == edge.effective(self.state, server)
+            # A server that was deleted meanwhile has nothing left to enforce.
+            error = attempt(lambda: call(spec, rules)) if exists else None
+            with self.mutation():
+                if error is None and enforces and whole:
+                    server.edge_in_force = wanted
+                if status is not None:
+                    server.locked, server.status = False, status if error is None else UNKNOWN
+                if exists and server.status == DELETED:
+                    self._forget(server)
+                for action in actions:
+                    action.settle(self.timestamp(), error)
+
+        self._workers.submit(server.id, job)
+
+    def resume(self, enforce: Callable[[Server, Sequence[Action]], None]) -> None:
+        """After a restart: nothing runs any more, and rules that were asked for still have to come into force."""
+        with self.mutation() as state:
+            orphans = [action for action in state.actions.values() if action.status == "running"]
+            for server in state.servers.values():
+                if server.locked:
+                    server.locked, server.status = False, UNKNOWN
+                if server.edge_in_force != server.edge_wanted:
+                    resumed = [a for a in orphans if a.command.endswith("_firewall") and a.concerns(server)]
+                    orphans = [action for action in orphans if action not in resumed]
+                    enforce(server, resumed)
+            for action in orphans:
+                action.settle(self.timestamp(), {"code": "interrupted", "message": "the lab was stopped meanwhile"})
+
+    def close(self, timeout_s: float) -> None:
+        """Let the workers finish what is queued, for at most ``timeout_s`` seconds each."""
+        with self.lock:
+            join = self._workers.retire_all()
+        join(timeout_s)
+
+    def _forget(self, server: Server) -> None:
+        del self.state.servers[server.id]
+        for firewall in self.state.firewalls.values():
+            firewall.servers = [server_id for server_id in firewall.servers if server_id != server.id]
+        self._workers.retire(server.id)
+
+
+def _load(state_file: Path | None) -> State:
+    if state_file is None or not state_file.exists():
+        return State()
+    try:
+        return State.from_json(read_private(state_file))
+    except (ValueError, KeyError, TypeError) as error:
+        fix = "take the lab down, and remove the file"
+        raise LabError(f"is not a state of this lab ({error})", where=str(state_file), fix=fix) from error
+
+
+def _spec(server: Server) -> MachineSpec:
+    return MachineSpec(
+        server_id=server.id,
+        name=server.name,
+        ipv4=server.ipv4,
+        ipv6_network=server.ipv6,
+        image=by_id("images", server.image)["name"],
+        authorized_keys=tuple(server.authorized_keys),
+        user_data=server.user_data,
+    )
