@@ -1,0 +1,184 @@
+"""The lab's commands: up, status, down. Each may be run again at any time, also after the lab's process was killed.
+
+``up`` after such a death takes the leftovers away (processes, namespaces, mounts, never disks), makes the networks anew
+and boots the machines that were on again from their disks, at the same addresses and the same endpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clawdlets_ops.errors import CommandError, LabError
+from clawdlets_ops.files import locked
+from clawdlets_ops.lab import workplace
+from clawdlets_ops.lab.client import LabClient
+from clawdlets_ops.lab.doctor import require
+from clawdlets_ops.lab.machines import forget_nspawn
+from clawdlets_ops.lab.network import Network
+from clawdlets_ops.lab.processes import Group, mounts_below, wait_until
+from clawdlets_ops.lab.registry import LabRecord, claim_number, read_record, release_number
+from clawdlets_ops.layout import Layout
+from clawdlets_ops.process import Command, LocalRunner, Runner
+
+UP_TIMEOUT_S = 180.0
+GRACE_S = 3.0
+LOCK_WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class LabServer:
+    """One server: what the cloud says of it, and what the lab knows besides. ``leader_pid`` is its init's, for nsenter."""
+
+    name: str
+    status: str
+    ipv4: str
+    ipv6: str
+    tailnet: tuple[str, ...]
+    installed: bool
+    leader_pid: int | None
+
+
+@dataclass(frozen=True)
+class LabStatus:
+    """A lab as it is now. ``state`` is up, down (there is none) or dead (its process ended; up and down both mend that)."""
+
+    state: str
+    number: int | None = None
+    endpoint: str = ""
+    servers: tuple[LabServer, ...] = ()
+    vantages: tuple[str, ...] = ()
+
+
+def up(layout: Layout, environ: Mapping[str, str]) -> LabStatus:
+    """One running lab for this checkout, a new one or the one there is; LabError, ToolMissingError."""
+    layout = Layout(layout.root.resolve())
+    require(layout, environ)
+    path = environ.get("PATH", "")
+    runner = LocalRunner({"PATH": path, "LANG": "C.UTF-8"})
+    workplace.refuse_foreign(layout)
+    with _alone(layout):
+        record = read_record(layout.lab)
+        if record is not None and record.root != layout.root:
+            raise LabError(
+                f"is a copy of the lab of {record.root}",
+                where=str(layout.lab),
+                fix="clawdlets lab down here removes the copy and leaves that lab alone",
+            )
+        if record is not None and LabClient(record).answers():
+            workplace.write(layout, record, runner)
+            return status(layout)
+        if record is not None:
+            _end_daemon(record)
+            _sweep(record, runner)
+        number = claim_number(layout.root, runner, wanted=record.number if record else None)
+        record = replace(record or LabRecord(number, layout.root, path), path=path, daemon=None)
+        workplace.prepare(layout, record)
+        _start_daemon(record, runner)
+        started = read_record(layout.lab)
+        if started is None:
+            raise LabError("the lab's record is gone", where=str(layout.lab), fix="clawdlets lab up")
+        workplace.write(layout, started, runner)
+    return status(layout)
+
+
+def status(layout: Layout) -> LabStatus:
+    """The lab of this checkout as it is now; LabError when its process answers nonsense."""
+    layout = Layout(layout.root.resolve())
+    record = read_record(layout.lab)
+    if record is None or record.root != layout.root:
+        return LabStatus("down")
+    vantages = tuple(str(entry["name"]) for entry in record.net.vantages())
+    client = LabClient(record)
+    if not client.answers():
+        return LabStatus("dead", record.number, record.endpoint, (), vantages)
+    machines = {machine["id"]: machine for machine in client.get("/lab/machines")["machines"]}
+    servers = [
+        LabServer(
+            name=server["name"],
+            status=server["status"],
+            ipv4=server["public_net"]["ipv4"]["ip"],
+            ipv6=server["public_net"]["ipv6"]["ip"].replace("::/64", "::1"),
+            tailnet=tuple(machines.get(server["id"], {}).get("tailnetAddresses", ())),
+            installed=bool(machines.get(server["id"], {}).get("installed", False)),
+            leader_pid=machines.get(server["id"], {}).get("leaderPid"),
+        )
+        for server in client.get("/servers?per_page=50")["servers"]
+    ]
+    return LabStatus("up", record.number, record.endpoint, tuple(servers), vantages)
+
+
+def down(layout: Layout, environ: Mapping[str, str]) -> None:
+    """Take the lab of this checkout away, machines, networks and files; nothing to do is fine. LabError.
+
+    Operator keys stay. What is ended is what is on record in the lab's folder: the process by id and start time, the
+    machines by their control group, the namespaces by name.
+    """
+    layout = Layout(layout.root.resolve())
+    runner = LocalRunner({"PATH": environ.get("PATH", ""), "LANG": "C.UTF-8"})
+    if not layout.runtime.exists():
+        return
+    with _alone(layout):
+        record = read_record(layout.lab)
+        if record is not None and record.root == layout.root:  # in a copied checkout it is another's
+            _end_daemon(record)
+            _sweep(record, runner)
+            release_number(record.number, record.root)
+        workplace.remove(layout)
+        if layout.lab.exists():
+            if left := mounts_below(layout.lab):
+                raise LabError("is still mounted", where=str(left[0]), fix=f"umount {left[0]}; clawdlets lab down")
+            shutil.rmtree(layout.lab)
+
+
+def _alone(layout: Layout) -> AbstractContextManager[int]:
+    return locked(layout.lock("lab"), what="the lab", wait_s=LOCK_WAIT_S)
+
+
+def _start_daemon(record: LabRecord, runner: Runner) -> None:
+    argv = [sys.executable, "-m", "clawdlets_ops.lab.daemon", "--lab-dir", str(record.lab_dir)]
+    command = Command(
+        argv, "start the lab", env={"PYTHONPATH": workplace.source_root()}, cwd=Path("/"), timeout_s=UP_TIMEOUT_S
+    )
+    result = runner.run(command)
+    if not result.ok:
+        raise LabError(
+            f"could not come up: {result.tail()}",
+            where=f"lab {record.number}",
+            fix=f"see {record.lab_dir / 'daemon.log'}; clawdlets lab down takes away what there is",
+        )
+
+
+def _end_daemon(record: LabRecord) -> None:
+    daemon = record.daemon
+    if daemon is None:
+        return
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        daemon.signal(number)
+        if wait_until(lambda: not daemon.alive(), timeout_s=GRACE_S):
+            return
+    raise LabError("the lab's process does not end", where=f"process {daemon.pid}", fix="end it, then run again")
+
+
+def _sweep(record: LabRecord, runner: Runner) -> None:
+    """Take away everything of a lab without a process but its files."""
+    machines = sorted(path for path in (record.lab_dir / "machines").glob("*") if path.is_dir())
+    whole = Group(record.net.prefix)
+    for folder in machines:
+        whole.signal(signal.SIGTERM, f"m{folder.name}/supervisor")  # systemd-nspawn has the guest power off
+    wait_until(lambda: not whole.populated(), timeout_s=GRACE_S)
+    whole.kill()
+    for folder in machines:
+        forget_nspawn(record.net.machine_ns(int(folder.name)), folder / "root")
+    for point in mounts_below(record.lab_dir / "machines"):
+        try:
+            runner.run(Command(["umount", point], "unmount a machine's disk")).check()
+        except CommandError as error:
+            raise LabError(error.what, where=str(point), fix="end what uses it, then run again") from error
+    Network(record.net, runner).sweep()
+    whole.remove()

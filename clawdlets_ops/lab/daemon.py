@@ -1,0 +1,178 @@
+"""The lab's background process: the emulated cloud, its machines' watchers, the tailnet and the positive controls.
+
+``python -m clawdlets_ops.lab.daemon --lab-dir DIR`` returns when the lab answers (0) or could not come up (1, the reason on
+standard error); the process it leaves behind ends on SIGTERM. It takes nothing down: that is ``control.down``, which also
+works when this process is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from clawdlets_ops.errors import ClawdletsError, LabError
+from clawdlets_ops.files import read_private
+from clawdlets_ops.lab.api import Emulator
+from clawdlets_ops.lab.backend import BackendError
+from clawdlets_ops.lab.cloud import Cloud
+from clawdlets_ops.lab.machines import Machines
+from clawdlets_ops.lab.network import Network
+from clawdlets_ops.lab.processes import ProcessId
+from clawdlets_ops.lab.registry import LabRecord, read_record
+from clawdlets_ops.lab.tailnet import Listeners, Tailnet
+from clawdlets_ops.layout import Layout
+from clawdlets_ops.process import LocalRunner
+from clawdlets_ops.sensitive import Secret
+
+log = logging.getLogger(__name__)
+
+READY = b"ready"
+
+
+class Lab:
+    """All parts of a running lab, made from its record; LabError, CommandError when one cannot be."""
+
+    def __init__(self, record: LabRecord) -> None:
+        folder = record.lab_dir
+        runner = LocalRunner({"PATH": record.path, "LANG": "C.UTF-8"})
+        token = read_private(folder / "token").strip()
+        with ExitStack() as undo:
+            self.network = Network(record.net, runner)
+            self.network.up()
+            self.tailnet = Tailnet(self.network, Secret(read_private(folder / "tailnet_auth_key").strip()))
+            self.machines = Machines(
+                folder / "machines",
+                base=Layout(record.root).cache / "lab" / "base",
+                network=self.network,
+                runner=runner,
+                path=record.path,
+                on_down=self.tailnet.left,
+            )
+            self._listeners = Listeners(self.network, self.tailnet)
+            undo.callback(self._listeners.close)
+            self.machines.resume()
+            self.cloud = Cloud(backend=self.machines, addresses=record.net, state_file=folder / "cloud.json")
+            self._emulator = Emulator(
+                self.cloud,
+                token=token,
+                journal_file=folder / "journal.jsonl",
+                port=urlsplit(record.endpoint).port or 0,
+                extra_routes={("GET", "/lab/tailnet"): self._tailnet, ("GET", "/lab/machines"): self._machines},
+            )
+            self._serve()
+            undo.pop_all()
+
+    @property
+    def endpoint(self) -> str:
+        return self._emulator.endpoint
+
+    def close(self) -> None:
+        """Stop answering; machines run on."""
+        self._emulator.stop()
+        self._listeners.close()
+
+    def _serve(self) -> None:
+        try:
+            self._emulator.start()
+        except OSError as error:
+            raise LabError(
+                f"the emulated cloud cannot listen: {error.strerror}",
+                where="loopback",
+                fix="another program took the lab's port: clawdlets lab down, then up",
+            ) from error
+
+    def _tailnet(self, _query: Mapping[str, str]) -> object:
+        return self.tailnet.status(frozenset(state.server_id for state in self.machines.states()))
+
+    def _machines(self, _query: Mapping[str, str]) -> object:
+        return {
+            "machines": [
+                {
+                    "id": state.server_id,
+                    "name": state.name,
+                    "running": state.running,
+                    "installed": state.installed,
+                    "leaderPid": state.leader_pid,
+                    "tailnetAddresses": list(self.tailnet.addresses(state.server_id)),
+                }
+                for state in self.machines.states()
+            ]
+        }
+
+
+def run(lab_dir: Path, report: Callable[[bytes], None]) -> int:
+    """Be the lab until SIGTERM. ``report`` gets READY, or the reason why not, once."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        record = read_record(lab_dir)
+        if record is None:
+            raise LabError("there is no lab on record", where=str(lab_dir), fix="clawdlets lab up")
+        record = replace(record, daemon=ProcessId.of(os.getpid()))
+        record.write()  # before anything is made that has to be taken down
+        lab = Lab(record)
+        replace(record, endpoint=lab.endpoint).write()
+    except (ClawdletsError, BackendError, OSError) as error:
+        log.exception("the lab could not come up")
+        report(str(error).encode())
+        return 1
+    report(READY)
+    log.info("lab %d answers at %s", record.number, lab.endpoint)
+    stop.wait()
+    lab.close()
+    log.info("lab %d stops answering", record.number)
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Leave a process behind that is the lab, and tell when it answers."""
+    parser = argparse.ArgumentParser(prog="clawdlets_ops.lab.daemon")
+    parser.add_argument("--lab-dir", type=Path, required=True)
+    lab_dir = parser.parse_args(argv).lab_dir.resolve()
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(writer)
+        with os.fdopen(reader, "rb") as answers:
+            answer = answers.read()
+        if answer == READY:
+            return 0
+        sys.stderr.write(answer.decode() or f"the lab's process ended; see {lab_dir / 'daemon.log'}\n")
+        return 1
+    os.close(reader)
+    _detach(lab_dir / "daemon.log")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s"
+    )
+
+    def report(answer: bytes) -> None:
+        os.write(writer, answer)
+        os.close(writer)
+
+    return run(lab_dir, report)
+
+
+def _detach(log_file: Path) -> None:
+    """A session of its own, with nothing open but the log (0600)."""
+    os.setsid()
+    os.chdir("/")
+    os.umask(0o022)
+    log_fd = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for fd, source in ((0, null), (1, log_fd), (2, log_fd)):
+        os.dup2(source, fd)
+    os.close(log_fd)
+    os.close(null)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
