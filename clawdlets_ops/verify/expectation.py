@@ -1,0 +1,152 @@
+"""What must hold on a host, as one JSON document: all that the suite knows. Pure; holds no secret, only names of secrets.
+
+``mode`` says what the exposure should be now; the two families are always two entries. Modes are octal strings.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from clawdlets_ops.errors import VerifyError
+from clawdlets_ops.fleet import RESERVED_SECRETS, Host, world_open
+from clawdlets_ops.layout import (
+    HOST_AGE_KEY,
+    HOST_AGE_KEY_DIR,
+    RUN_SECRETS,
+    SSH_HOST_KEY,
+    SSH_HOST_PUBLIC_KEY,
+    OnServer,
+    secret_file_on_server,
+    secrets_dir_on_server,
+)
+from clawdlets_ops.project import Vantage
+
+EXPECTATION_VERSION = 1
+ADMIN = "admin"
+OPERATOR_VANTAGE = "operator"
+SYSTEM_PROGRAMS = "/run/current-system/sw/bin"
+TAILSCALE_INTERFACE = "tailscale0"
+TAILSCALE_UDP_PORT = 41641
+DROPPED_TCP_PORTS = (25, 465, 587, 2525)
+PASSWORD_HASH_SUFFIX = "_password_hash"  # noqa: S105 - the end of a name
+# What clawdlets-facts asks sshd about: users that exist and one that does not; loopback, tailnet, internet on both families.
+SSHD_USERS = (ADMIN, "breakglass", "nobody-such", "root")
+SSHD_SOURCES = ("100.64.0.1", "127.0.0.1", "2001:db8::9", "203.0.113.9")
+
+
+def build_expectation(
+    *,
+    host: str,
+    declared: Host,
+    mode: Literal["tailnet", "bootstrap", "public"],
+    public: Mapping[int, str],
+    tailnet: Mapping[int, str],
+    ssh_port: int = 22,
+    pin: str,
+    admin_keys: tuple[str, ...],
+    identity_file: str,
+    vantages: Sequence[Vantage],
+    cloud: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The document for one host.
+
+    ``public`` and ``tailnet`` map a family (4, 6) to an address; ``pin`` and ``admin_keys`` are public key lines; ``cloud``
+    is what the API shows: ``{"server": {name, status, labels}, "firewalls": [{name, status, "rules": [{direction,
+    protocol, port, sourceIps}]}]}``, None when it could not be asked. VerifyError when there is no address to log in at.
+    """
+    network = "tailnet" if mode == "tailnet" else "public"
+    addresses = tailnet if mode == "tailnet" else public
+    if not addresses:
+        raise VerifyError(
+            f"sshExposure.mode is {mode}, and no {network} address of the host is known",
+            where=host,
+            fix="is the host up, and on the tailnet? declare targetHost if the tailnet cannot be asked",
+        )
+    world = bool(world_open(declared.provisioning.networks))
+    return {
+        "expectationVersion": EXPECTATION_VERSION,
+        "host": host,
+        "mode": mode,
+        "ssh": {
+            "network": network,
+            "address": addresses[min(addresses)],
+            "port": ssh_port,
+            "user": ADMIN,
+            "identityFile": identity_file,
+            "pin": " ".join(pin.split()[:2]),
+            "pinFingerprint": fingerprint(pin),
+        },
+        "addresses": {"public": _by_family(public), "tailnet": _by_family(tailnet)},
+        "vantages": [_vantage(vantage, mode, world=world) for vantage in vantages],
+        "adminKeys": [{"type": key.split()[0], "fingerprint": fingerprint(key)} for key in admin_keys],
+        "adminCidrs": list(declared.provisioning.admin_cidrs),
+        "worldOpen": world,
+        "sshdUsers": list(SSHD_USERS),
+        "sshdSources": list(SSHD_SOURCES),
+        "passwordUsers": sorted(
+            name.removesuffix(PASSWORD_HASH_SUFFIX) for name in RESERVED_SECRETS if name.endswith(PASSWORD_HASH_SUFFIX)
+        ),
+        "sudo": {"ownPrograms": f"{SYSTEM_PROGRAMS}/clawdlets-"},
+        "factsProgram": f"{SYSTEM_PROGRAMS}/clawdlets-facts",
+        "tailnet": {
+            "mode": declared.tailnet.mode,
+            "allowUdpIngress": declared.tailnet.allow_udp_ingress,
+            "interface": TAILSCALE_INTERFACE,
+            "udpPort": TAILSCALE_UDP_PORT,
+        },
+        "egress": {"mode": declared.egress.mode, "droppedTcpPorts": list(DROPPED_TCP_PORTS)},
+        "hostKeys": [_path(one) for one in (HOST_AGE_KEY_DIR, HOST_AGE_KEY, SSH_HOST_KEY, SSH_HOST_PUBLIC_KEY)],
+        "secretsDir": _path(secrets_dir_on_server(host)),
+        "secrets": _secrets(host, declared),
+        "cloud": dict(cloud) if cloud is not None else None,
+    }
+
+
+def fingerprint(public_key: str) -> str:
+    """The SHA256 fingerprint of a public key line as OpenSSH prints it; VerifyError when it is none."""
+    try:
+        body = base64.b64decode(public_key.split()[1], validate=True)
+    except (IndexError, ValueError):
+        raise VerifyError("is not a public key", where=public_key[:40]) from None
+    return "SHA256:" + base64.b64encode(hashlib.sha256(body).digest()).decode().rstrip("=")
+
+
+def _by_family(addresses: Mapping[int, str]) -> dict[str, str]:
+    return {str(family): address for family, address in sorted(addresses.items())}
+
+
+def _path(one: OnServer) -> dict[str, Any]:
+    return {"path": str(one.path), "mode": f"{one.mode:04o}", "owner": one.owner, "group": one.group, "kind": one.kind}
+
+
+def _vantage(vantage: Vantage, mode: str, *, world: bool) -> dict[str, Any]:
+    """A vantage, and whether it should reach port 22. On the internet only a host that is declared public is reached:
+    by the operator, by others when the whole world is declared."""
+    reached = vantage.side == "tailnet" or (mode == "public" and (world or vantage.name == OPERATOR_VANTAGE))
+    return {
+        "name": vantage.name,
+        "side": vantage.side,
+        "via": list(vantage.via),
+        "controls": {str(family): list(target) for family, target in sorted(vantage.controls.items())},
+        "expect": "yes" if reached else "no",
+    }
+
+
+def _secrets(host: str, declared: Host) -> list[dict[str, Any]]:
+    """Every secret that the host holds. ``runtime`` is None for those of the system itself, which are root's alone."""
+    system = [name for name in RESERVED_SECRETS if name != "tailscale_auth_key" or declared.tailnet.mode == "tailscale"]
+    runtime: dict[str, dict[str, Any] | None] = dict.fromkeys(system)
+    for name, wiring in declared.secrets.items():
+        runtime[name] = {
+            "path": str(RUN_SECRETS / name),
+            "owner": wiring.owner,
+            "group": wiring.group,
+            "mode": wiring.mode,
+        }
+    return [
+        {"name": name, "file": _path(secret_file_on_server(host, name)), "runtime": runtime[name]}
+        for name in sorted(runtime)
+    ]
