@@ -1,0 +1,86 @@
+import json
+from typing import Any
+
+import pytest
+
+from clawdlets_ops.errors import LockdownError, UnreachableError
+from clawdlets_ops.fleet import Host, parse_fleet
+from clawdlets_ops.lockdown import HostExposure, parse_status, plan, tailnet_addresses
+from clawdlets_ops.testing import FakeRunner
+
+KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPV7Xv1d2Vf1g3mOZx0KxV0uQb9i3kJt5m6o7p8q9r0s canary@example"
+
+
+def declared(mode: str = "tailnet", **host: Any) -> Host:
+    base = {
+        "provisioning": {"adminCidrs": ["203.0.113.0/24"]},
+        "sshAuthorizedKeys": [KEY_LINE],
+        "sshExposure": {"mode": mode},
+    }
+    return parse_fleet(json.dumps({"schemaVersion": 1, "hosts": {"alpha": {**base, **host}}})).host("alpha")
+
+
+@pytest.mark.parametrize(
+    ("mode", "edge_open", "on_host", "empty"),
+    [
+        ("tailnet", False, HostExposure("tailnet", armed=False), True),
+        ("tailnet", True, HostExposure("tailnet", armed=False), False),
+        ("tailnet", False, HostExposure("bootstrap", armed=False), False),
+        ("tailnet", False, HostExposure("tailnet", armed=True), False),  # on trial: it will open by itself
+        ("tailnet", True, None, False),
+        ("bootstrap", True, HostExposure("bootstrap", armed=False), True),
+        ("bootstrap", True, HostExposure("tailnet", armed=False), False),
+        ("public", True, HostExposure("public", armed=False), True),
+        ("public", True, HostExposure("bootstrap", armed=False), False),
+        ("public", True, None, True),
+    ],
+)
+def test_the_plan_is_what_separates_both_doors_from_the_declaration(
+    mode: str, on_host: HostExposure | None, *, edge_open: bool, empty: bool
+) -> None:
+    assert plan("alpha", declared(mode), edge_open=edge_open, on_host=on_host).empty is empty
+
+
+def test_closing_begins_with_a_login_and_ends_with_a_look_from_outside() -> None:
+    steps = plan("alpha", declared(), edge_open=True, on_host=HostExposure("bootstrap", armed=False)).steps
+    assert "log in over the tailnet" in steps[0]
+    assert "probe from outside on IPv4 and IPv6" in steps[-1]
+    assert len(steps) == 4
+
+
+def test_the_hosts_own_account_is_understood_or_refused() -> None:
+    assert parse_status("mode=tailnet armed=no\n") == HostExposure("tailnet", armed=False)
+    assert parse_status("mode=bootstrap armed=yes") == HostExposure("bootstrap", armed=True)
+    for nonsense in ("", "mode=open armed=no", "mode=tailnet", "sudo: a password is required"):
+        with pytest.raises(LockdownError):
+            parse_status(nonsense)
+
+
+def status(peers: dict[str, Any], state: str = "Running") -> FakeRunner:
+    return FakeRunner(script=[(("tailscale",), (0, json.dumps({"BackendState": state, "Peer": peers})))])
+
+
+def test_where_a_host_is_on_the_tailnet() -> None:
+    peer = {"n": {"HostName": "alpha", "TailscaleIPs": ["100.64.0.7"], "Online": True}}
+    assert tailnet_addresses(status(peer), "alpha", declared()) == {4: "100.64.0.7"}
+    assert tailnet_addresses(status({}), "alpha", declared()) == {}
+    assert tailnet_addresses(FakeRunner(programs=frozenset()), "alpha", declared()) == {}
+    closed = declared("public", tailnet={"mode": "none"})
+    assert tailnet_addresses(FakeRunner(), "alpha", closed) == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        ("admin@100.64.0.9", {4: "100.64.0.9"}),
+        ("100.64.0.9", {4: "100.64.0.9"}),
+        ("fd7a:115c:a1e0::9", {6: "fd7a:115c:a1e0::9"}),
+    ],
+)
+def test_a_declared_target_host_wins_over_what_tailscale_says(target: str, found: dict[int, str]) -> None:
+    assert tailnet_addresses(FakeRunner(), "alpha", declared(targetHost=target)) == found
+
+
+def test_an_operator_off_the_tailnet_is_an_error_not_an_absent_host() -> None:
+    with pytest.raises(UnreachableError):
+        tailnet_addresses(status({}, state="Stopped"), "alpha", declared())
