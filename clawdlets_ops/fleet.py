@@ -34,6 +34,9 @@ DomainName = Annotated[
     str, StringConstraints(pattern=r"^\.?(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$")
 ]
 
+# [user@]address of the tailnet; it never begins with a dash, which a program could take for an option.
+TARGET_HOST = r"^(?:[a-z_][a-z0-9_-]*@)?[A-Za-z0-9][A-Za-z0-9.:-]*$"
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 WORLD_OPEN_BELOW_PREFIX = {4: 8, 6: 20}
@@ -138,7 +141,7 @@ class Host(_Model):
     ssh_authorized_keys: tuple[str, ...] = ()
     ssh_exposure: SshExposure = Field(default_factory=SshExposure)
     tailnet: Tailnet = Field(default_factory=Tailnet)
-    target_host: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_-]*$")] | None = None
+    target_host: Annotated[str, StringConstraints(pattern=TARGET_HOST)] | None = None
     egress: Egress = Field(default_factory=Egress)
     secrets: dict[SecretName, SecretWiring] = Field(default_factory=dict)
 

@@ -1,0 +1,197 @@
+"""``clawdlets``: for operators. Parses arguments, wires the project, renders. Results on stdout, talk on stderr.
+
+Exit status: 0 done; 1 refused or failed; 2 something is unknown (verify), or the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from clawdlets_ops import workflow
+from clawdlets_ops.errors import ClawdletsError
+from clawdlets_ops.files import write_atomic
+from clawdlets_ops.finding import Finding, State, exit_code
+from clawdlets_ops.fleet import json_schema
+from clawdlets_ops.lab import control, doctor
+from clawdlets_ops.layout import Layout
+from clawdlets_ops.process import LocalRunner
+from clawdlets_ops.project import Project, load_project
+from clawdlets_ops.secrets import payload, store
+from clawdlets_ops.verify import host as verify_host
+
+MARK = {State.PASS: "ok", State.FAIL: "FAIL", State.UNKNOWN: "unknown", State.NOT_APPLICABLE: "n/a"}
+
+
+def main() -> None:
+    """Console script."""
+    os.umask(0o077)  # whatever is made without a mode of its own is private
+    try:
+        clawdlets.main(standalone_mode=False)
+    except ClawdletsError as error:
+        click.echo(f"clawdlets: {error}", err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+
+
+@click.group()
+@click.option(
+    "--project", "root", type=click.Path(file_okay=False, path_type=Path), default=Path(), help="Default: here."
+)
+@click.pass_context
+def clawdlets(context: click.Context, root: Path) -> None:
+    """Deploy a declared fleet of bot hosts, and prove that they are closed."""
+    context.obj = root
+
+
+def _with_project(function: Callable[..., Any]) -> Callable[..., Any]:
+    @click.pass_context
+    @wraps(function)
+    def wrapped(context: click.Context, /, *arguments: Any, **options: Any) -> Any:
+        return function(load_project(context.obj, os.environ), *arguments, **options)
+
+    return wrapped
+
+
+@clawdlets.group()
+def secrets() -> None:
+    """Secrets: sops files in the repository, and the install payload."""
+
+
+@secrets.command("init")
+@click.option("--host", required=True)
+@click.option("--from-json", "source", default=None, help="A 0600 file with the values, or - for standard input.")
+@_with_project
+def secrets_init(project: Project, host: str, source: str | None) -> None:
+    """Make a host's identity and encrypt its secrets; again, it changes nothing."""
+    if source == "-":
+        values = store.parse_values(sys.stdin.read(), host, where="standard input")
+    elif source:
+        values = store.read_values(Path(source), host)
+    elif project.secrets_file:
+        values = store.read_values(project.secrets_file, host)
+    else:
+        values = {}
+    runner = LocalRunner(project.environ)
+    made = store.init_host(project, host, values, runner=runner)
+    laid = payload.materialise(project, host, runner=runner)
+    for verb, names in (("created", made.created), ("updated", made.updated), ("unchanged", made.unchanged)):
+        for name in names:
+            click.echo(f"{verb} {name}")
+    click.echo(f"{'built' if laid.changed else 'unchanged'} {project.layout.extra_files(host)}")
+
+
+@clawdlets.command()
+@click.option("--host", "hosts", multiple=True, help="Default: every host of the fleet.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
+@_with_project
+def verify(project: Project, hosts: tuple[str, ...], form: str) -> None:
+    """Check hosts against the security model, from inside and outside."""
+    tools = workflow.tools_for(project)
+    findings: list[Finding] = []
+    for host in hosts or tuple(project.fleet.hosts):
+        project.fleet.host(host)
+        report = verify_host.verify(project, host, runner=tools.runner, cloud=tools.cloud)
+        findings += report.findings
+        if form == "text":
+            _print_findings(host, report)
+    if form == "json":
+        click.echo(json.dumps([finding.as_json() for finding in findings], indent=2))
+    sys.exit(exit_code(findings))
+
+
+def _print_findings(host: str, report: Any) -> None:
+    console = Console(soft_wrap=True)
+    table = Table("check", "result", "claim", "seen", title=f"{host}: {report.summary}", title_justify="left")
+    for finding in report.findings:
+        table.add_row(finding.check, MARK[finding.state], finding.claim, finding.observed)
+    console.print(table)
+    click.echo(f"report: {report.report_html}")
+
+
+@clawdlets.command()
+@click.argument("stage", type=click.Choice(workflow.STAGES))
+@click.option("--host", required=True)
+@_with_project
+def plan(project: Project, stage: str, host: str) -> None:
+    """Show what a stage would do to a host now; changes nothing."""
+    click.echo(str(workflow.plan(stage, project, host, workflow.tools_for(project))))
+
+
+@clawdlets.command()
+@click.option("--write", is_flag=True, help="Write fleet/clawdlets.schema.json instead of printing.")
+@click.pass_context
+def schema(context: click.Context, write: bool) -> None:
+    """The JSON Schema of fleet/clawdlets.json, for editors."""
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if write:
+        write_atomic(context.obj / "fleet" / "clawdlets.schema.json", text, mode=0o644)
+    else:
+        click.echo(text, nl=False)
+
+
+@clawdlets.group()
+def lab() -> None:
+    """A Hetzner cloud in a box: rehearse the whole fleet on this machine."""
+
+
+@lab.command("up")
+@click.pass_context
+def lab_up(context: click.Context) -> None:
+    """Start this checkout's lab; again, it is the same lab."""
+    _print_lab(control.up(_layout(context), os.environ))
+
+
+@lab.command("status")
+@click.pass_context
+def lab_status(context: click.Context) -> None:
+    """What runs in this checkout's lab."""
+    _print_lab(control.status(_layout(context)))
+
+
+@lab.command("down")
+@click.pass_context
+def lab_down(context: click.Context) -> None:
+    """End this checkout's lab and leave nothing of it running."""
+    control.down(_layout(context), os.environ)
+    click.echo("the lab is down")
+
+
+@lab.command("doctor")
+@click.pass_context
+def lab_doctor(context: click.Context) -> None:
+    """What this machine lacks for the lab."""
+    findings = doctor.doctor(_layout(context), os.environ)
+    for finding in findings:
+        fix = f" → {finding.fix}" if finding.state is not State.PASS and finding.fix else ""
+        click.echo(f"{MARK[finding.state]:8} {finding.claim}: {finding.observed}{fix}")
+    sys.exit(exit_code(findings))
+
+
+def _print_lab(status: control.LabStatus) -> None:
+    if status.state != "up":
+        click.echo(f"the lab is {status.state}")
+        return
+    click.echo(f"the lab is up (number {status.number}): {status.endpoint}")
+    for server in status.servers:
+        tailnet = f", tailnet {', '.join(server.tailnet)}" if server.tailnet else ""
+        installed = ", installed" if server.installed else ""
+        click.echo(f"  {server.name}: {server.status}, {server.ipv4}, {server.ipv6}{tailnet}{installed}")
+    click.echo(f"  vantages: {', '.join(status.vantages)}")
+
+
+def _layout(context: click.Context) -> Layout:
+    return Layout(context.obj.resolve())

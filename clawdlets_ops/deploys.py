@@ -1,0 +1,46 @@
+"""The story as pyinfra deploys; the scripts in ``deploys/`` call these and nothing else."""
+
+from __future__ import annotations
+
+from pyinfra.api.deploy import deploy
+
+from clawdlets_ops.pyinfra_plugin import operations
+
+
+@deploy("Payload")
+def payload() -> None:
+    """Build the install payload."""
+    operations.payload(name="Build the install payload")
+
+
+@deploy("Provision")
+def provision() -> None:
+    """Make the server."""
+    operations.provision(name="Provision with OpenTofu")
+
+
+@deploy("Install")
+def install() -> None:
+    """Install NixOS."""
+    operations.install(name="Install with nixos-anywhere")
+
+
+@deploy("Lockdown")
+def lockdown() -> None:
+    """Close public SSH."""
+    operations.lockdown(name="Lock SSH down to the tailnet")
+
+
+@deploy("Verify")
+def verify() -> None:
+    """Prove it."""
+    operations.verify(name="Verify from outside and inside")
+
+
+def bootstrap() -> None:
+    """All of it, in order."""
+    payload()
+    provision()
+    install()
+    lockdown()
+    verify()

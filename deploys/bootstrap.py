@@ -1,0 +1,5 @@
+"""A declared host, from nothing to verified and locked down."""
+
+from clawdlets_ops.deploys import bootstrap
+
+bootstrap()

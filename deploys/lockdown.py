@@ -1,0 +1,5 @@
+"""Only the exposure of SSH."""
+
+from clawdlets_ops.deploys import lockdown
+
+lockdown()

@@ -1,0 +1,5 @@
+"""Only the install payload."""
+
+from clawdlets_ops.deploys import payload
+
+payload()

@@ -1,0 +1,5 @@
+"""Only the verification."""
+
+from clawdlets_ops.deploys import verify
+
+verify()

@@ -1,0 +1,221 @@
+"""Lockdown on a bad day: it never closes the way in, and it never leaves a door half shut without saying so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import hcloud
+import pytest
+from hcloud.firewalls import FirewallRule
+
+from clawdlets_ops import lockdown, ssh, workflow
+from clawdlets_ops.errors import LockdownError
+from clawdlets_ops.install import ADMIN
+from clawdlets_ops.lab import control
+from clawdlets_ops.layout import Layout
+from clawdlets_ops.process import LocalRunner
+from clawdlets_ops.project import Project, load_project
+from clawdlets_ops.secrets import store
+from clawdlets_ops.verify.exposure import Exposure, measure_exposure
+from tests.lab.conftest import LabProject
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
+
+
+class Bench:
+    """The project's host, installed and not locked down, with ways to look at it and to break it."""
+
+    def __init__(self, lab: LabProject) -> None:
+        self.project: Project = load_project(lab.root, lab.env())
+        self.tools = workflow.tools_for(self.project)
+        self.runner = LocalRunner(self.project.environ)
+        server = self.tools.cloud.server("alpha")
+        assert server is not None
+        self.server = server
+
+    def lock_down(self, *, say: Callable[[str], None] = lambda _: None, project: Project | None = None) -> None:
+        lockdown.apply(
+            project or self.project,
+            "alpha",
+            runner=self.runner,
+            cloud=self.tools.cloud,
+            server=self.server,
+            pin=store.host_ssh_pin(self.project, "alpha"),
+            say=say,
+        )
+
+    def measure(self) -> Exposure:
+        addresses = lockdown.tailnet_addresses(self.runner, "alpha", self.project.fleet.host("alpha"))
+        return measure_exposure(self.project.vantages, self.server.addresses, addresses, runner=self.runner)
+
+    def reach(self, vantage: str, family: int = 4) -> str:
+        return next(cell.reach for cell in self.measure().cells if (cell.vantage, cell.family) == (vantage, family))
+
+    def guest(self, *argv: str) -> str:
+        """Run in the guest, past its network."""
+        leader = control.status(Layout(self.project.layout.root)).servers[0].leader_pid
+        return subprocess.run(
+            ["nsenter", "-t", str(leader), "-a", *argv], check=True, capture_output=True, text=True
+        ).stdout
+
+    def edge_rules(self) -> list[tuple[str, str | None]]:
+        firewall = self.tools.cloud.firewall("alpha-edge")
+        assert firewall is not None
+        return [(rule.protocol, rule.port) for rule in firewall.rules]
+
+    def open_everything_behind_our_back(self) -> None:
+        client = hcloud.Client(
+            token=self.project.token.reveal(), api_endpoint=self.project.hcloud_endpoint, timeout=10, poll_interval=0.05
+        )
+        everywhere = FirewallRule(direction="in", protocol="tcp", port="22", source_ips=["0.0.0.0/0", "::/0"])
+        bound = client.firewalls.get_by_name("alpha-edge")
+        assert bound is not None
+        for action in bound.set_rules([everywhere]):
+            action.wait_until_finished()
+        self.guest("nft", "flush", "ruleset")
+
+
+@pytest.fixture(scope="module")
+def bench(project: LabProject) -> Bench:
+    for stage in ("payload", "provision", "install"):
+        project.run("pyinfra", "-y", "inventory/lab.py", f"deploys/{stage}.py")
+    return Bench(project)
+
+
+def test_a_host_that_is_not_on_the_tailnet_stays_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lockdown, "TAILNET_WITHIN_S", 1.0)
+    elsewhere = dataclasses.replace(bench.project, layout=bench.project.layout)
+    said: list[str] = []
+    monkeypatch.setattr(lockdown, "tailnet_addresses", lambda *_: {})
+    with pytest.raises(LockdownError, match="nothing was closed"):
+        bench.lock_down(say=said.append, project=elsewhere)
+    monkeypatch.undo()
+    assert ("tcp", "22") in bench.edge_rules()
+    assert bench.reach("operator") == "yes"
+    assert not any("trial" in text for text in said)
+
+
+def test_a_host_that_shows_another_key_on_the_tailnet_is_not_closed(bench: Bench) -> None:
+    with pytest.raises(Exception, match="host key") as caught:
+        lockdown.apply(
+            bench.project, "alpha", runner=bench.runner, cloud=bench.tools.cloud, server=bench.server,
+            pin="ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPV7Xv1d2Vf1g3mOZx0KxV0uQb9i3kJt5m6o7p8q9r0s",
+        )  # fmt: skip
+    assert "pinned is" in str(caught.value)
+    assert ("tcp", "22") in bench.edge_rules()
+    assert bench.reach("operator", 6) == "yes"
+
+
+def test_a_tailnet_that_breaks_after_the_edge_closed_opens_the_edge_and_the_host_reverts_by_itself(
+    bench: Bench,
+) -> None:
+    def break_it(text: str) -> None:
+        if text.startswith("the edge is closed"):
+            bench.guest("nft", "add table inet cut; add chain inet cut c { type filter hook input priority -10; }")
+            bench.guest("nft", "add rule inet cut c iifname tailscale0 drop")
+
+    with pytest.raises(LockdownError) as caught:
+        bench.lock_down(say=break_it)
+    said = str(caught.value)
+    assert "the edge is open again" in said
+    assert "reverts by itself" in said
+    assert ("tcp", "22") in bench.edge_rules()
+    # The host is still on trial. Its own timer is armed and needs nobody; run what it runs, instead of waiting for it.
+    assert bench.guest("systemctl", "is-active", "clawdlets-exposure-revert.timer").strip() == "active"
+    assert bench.reach("operator") == "no"
+    bench.guest("systemctl", "start", "clawdlets-exposure-revert.service")
+    assert bench.reach("operator") == "yes"
+    bench.guest("nft", "delete table inet cut")
+    assert bench.guest("cat", "/run/clawdlets/exposure").strip() == "bootstrap"
+
+
+def test_a_port_that_is_still_open_from_outside_rolls_back_and_says_from_where(bench: Bench) -> None:
+    def somebody_opens_it(text: str) -> None:
+        if text.startswith("the edge is closed"):
+            bench.open_everything_behind_our_back()
+
+    with pytest.raises(LockdownError) as caught:
+        bench.lock_down(say=somebody_opens_it)
+    assert "stranger over IPv4" in str(caught.value)
+    assert "stranger over IPv6" in str(caught.value)
+    assert "the host's firewall is as before" in str(caught.value)
+    assert bench.edge_rules() == [("tcp", "22"), ("udp", "41641")]
+    assert bench.reach("stranger") == "no"
+    assert bench.reach("operator") == "yes"
+
+
+def test_a_vantage_that_cannot_look_leaves_the_doors_closed_and_unknown(bench: Bench) -> None:
+    blind = [
+        dataclasses.replace(vantage, controls={}) if vantage.side == "internet" else vantage
+        for vantage in bench.project.vantages
+    ]
+    bench.lock_down(project=dataclasses.replace(bench.project, vantages=tuple(blind)))
+    assert ("tcp", "22") not in bench.edge_rules()
+    recorded = json.loads((bench.project.layout.reports("alpha") / "exposure-after.json").read_text())
+    assert {cell["reach"] for cell in recorded["cells"] if cell["side"] == "internet"} == {"unknown"}
+    assert bench.reach("stranger") == "no"  # with its control it can be seen
+
+
+def test_a_locked_host_opens_again_when_it_is_declared_so_and_closes_again(bench: Bench, project: LabProject) -> None:
+    def declare(mode: str) -> None:
+        project.fleet(lambda document: document["hosts"]["alpha"]["sshExposure"].update(mode=mode))
+
+    declare("public")
+    for stage in ("provision", "lockdown"):
+        project.run("pyinfra", "-y", "inventory/lab.py", f"deploys/{stage}.py")
+    assert (bench.reach("operator"), bench.reach("stranger")) == ("yes", "no")
+    assert project.run("clawdlets", "verify", "--host", "alpha").returncode == 0
+    declare("tailnet")
+    project.run("pyinfra", "-y", "inventory/lab.py", "deploys/lockdown.py")
+    assert (bench.reach("operator"), bench.reach("stranger"), bench.reach("member", 6)) == ("no", "no", "yes")
+
+
+def test_the_host_firewall_survives_a_reboot(bench: Bench) -> None:
+    tailnet = lockdown.tailnet_addresses(bench.runner, "alpha", bench.project.fleet.host("alpha"))
+    target = ssh.Target(
+        "alpha", tailnet[4], ADMIN, bench.project.ssh_identity_file("alpha"), store.host_ssh_pin(bench.project, "alpha")
+    )
+    bench.guest("systemctl", "reboot")
+    address, _ = ssh.wait_for_key(
+        [tailnet[4]], frozenset({target.pin}), why="after the reboot", timeout_s=60, poll_s=0.3
+    )
+    assert address == tailnet[4]
+    assert lockdown.read_status(target) == lockdown.HostExposure("tailnet", armed=False)
+    assert bench.reach("operator") == "no"
+
+
+def test_admin_can_run_the_exact_words_and_nothing_else_without_a_password(bench: Bench) -> None:
+    tailnet = lockdown.tailnet_addresses(bench.runner, "alpha", bench.project.fleet.host("alpha"))
+    target = ssh.Target(
+        "alpha", tailnet[4], ADMIN, bench.project.ssh_identity_file("alpha"), store.host_ssh_pin(bench.project, "alpha")
+    )
+    program = "/run/current-system/sw/bin/clawdlets-exposure"
+    with ssh.session(target) as shell:
+        assert shell.run(f"sudo -n {program} status").ok
+        for words in (
+            f"{program} restore",
+            f"{program} try tailnet extra",
+            f"{program} 'status;id'",
+            "/bin/sh",
+            "cat /etc/shadow",
+        ):
+            assert not shell.run(f"sudo -n {words}").ok, words
+        assert not shell.run("cat /run/secrets/discord_token").ok
+        assert not shell.run("cat /var/lib/sops-nix/key.txt").ok
+
+
+def test_nothing_secret_is_on_the_hosts_disk_world_readable(bench: Bench) -> None:
+    values = json.loads((bench.project.layout.lab / "secrets.json").read_text())["alpha"]
+    needles = "\n".join(values.values())
+    script = "grep -rlF -f - /etc /nix /var /home /root /opt /usr/local 2>/dev/null || true"
+    leader = control.status(Layout(Path(bench.project.layout.root))).servers[0].leader_pid
+    argv = ["nsenter", "-t", str(leader), "-a", "sh", "-c", script]
+    assert subprocess.run(argv, input=needles, check=True, capture_output=True, text=True).stdout == ""
+    # the positive control: the same search finds them where they belong, on the ramfs
+    control_argv = [*argv[:-1], script.replace("/etc /nix", "/run/secrets.d")]
+    found = subprocess.run(control_argv, input=needles, check=True, capture_output=True, text=True).stdout.split()
+    assert {Path(path).name for path in found} >= {"discord_token", "model_api_key", "tailscale_auth_key"}
