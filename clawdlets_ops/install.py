@@ -21,7 +21,7 @@ from clawdlets_ops.files import ensure_dir, locked, write_atomic
 from clawdlets_ops.fleet import Host
 from clawdlets_ops.hetzner import Cloud, Server
 from clawdlets_ops.layout import INSTALL_MARKER
-from clawdlets_ops.process import Runner
+from clawdlets_ops.process import Runner, require_program
 from clawdlets_ops.project import Project
 
 ADMIN = "admin"
@@ -29,7 +29,6 @@ FIRST_CONTACT_S = 300.0
 BACK_AFTER_REBOOT_S = 300.0
 ACTIVATED_WITHIN_S = 120.0
 LOCK_WAIT_S = 1200.0
-LOOK_TIMEOUT_S = 3.0
 ARCHITECTURE = {"x86_64-linux": "x86_64", "aarch64-linux": "aarch64"}
 
 
@@ -163,10 +162,10 @@ def look(runner: Runner, host: str, *, server: Server | None, pin: str | None, i
         return Seen(TargetState.ABSENT)
     for address in _tailnet_addresses(runner, host) if pin else ():
         # Only the pinned key means anything here: a name in a tailnet is anybody's.
-        if ssh.presented_key(address, timeout_s=LOOK_TIMEOUT_S) == pin:
+        if ssh.presented_key(address, timeout_s=ssh.LOOK_TIMEOUT_S) == pin:
             return Seen(TargetState.INSTALLED, address, pin or "", over_tailnet=True)
     for address in server.addresses.values():
-        key = ssh.presented_key(address, timeout_s=LOOK_TIMEOUT_S)
+        key = ssh.presented_key(address, timeout_s=ssh.LOOK_TIMEOUT_S)
         state = classify(key, pin=pin, installer_pin=installer_pin)
         if state is not TargetState.UNKNOWN:
             return Seen(state, address, key or "")
@@ -196,6 +195,19 @@ def flake_reference(root: Path, host: str) -> str:
     return f"git+file://{root}#{host}"
 
 
+def require_means(project: Project, host: str, *, runner: Runner) -> tuple[str, Path]:
+    """What an installation needs on this machine: the flake reference and the OpenSSH client. SettingsError,
+    ToolMissingError; also asked before a server is made."""
+    project.ssh_identity_file(host)
+    require_program(
+        runner,
+        "nixos-anywhere",
+        "nix profile install github:nix-community/nixos-anywhere, or rehearse on the lab (clawdlets lab up)",
+    )
+    real_ssh = require_program(runner, "ssh", "install the OpenSSH client")
+    return flake_reference(project.layout.root, host), real_ssh
+
+
 def apply(
     project: Project,
     host: str,
@@ -212,13 +224,7 @@ def apply(
     """
     declared = project.fleet.host(host)
     identity = project.ssh_identity_file(host)
-    flake = flake_reference(project.layout.root, host)
-    if runner.which("nixos-anywhere") is None:
-        raise SettingsError(
-            "the program is not on PATH",
-            where="nixos-anywhere",
-            fix="nix profile install github:nix-community/nixos-anywhere, or use the lab (clawdlets lab up)",
-        )
+    flake, real_ssh = require_means(project, host, runner=runner)
     with locked(project.layout.lock(host), what=f"the installation of {host}", wait_s=LOCK_WAIT_S) as lock_fd:
         started = now()
         address, key = _first_contact(project, host, server=server, pin=pin, say=say)
@@ -227,9 +233,6 @@ def apply(
             folder = ensure_dir(project.layout.reports(host))
             known_hosts = folder / "installer_known_hosts"
             write_atomic(known_hosts, ssh.known_hosts_lines(dict.fromkeys(server.addresses.values(), key)))
-            real_ssh = runner.which("ssh")
-            if real_ssh is None:
-                raise SettingsError("the OpenSSH client is not on PATH", where="ssh", fix="install openssh-client")
             spec = nixos_anywhere.InstallSpec(
                 flake=flake,
                 address=address,

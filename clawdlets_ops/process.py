@@ -268,6 +268,13 @@ def spawn(argv: Sequence[str | Path], *, env: Mapping[str, str], log_file: Path)
         os.close(fd)
 
 
+def require_program(runner: Runner, program: str, fix: str) -> Path:
+    """Where ``program`` is; ToolMissingError with ``fix`` when it is nowhere on PATH."""
+    if (found := runner.which(program)) is None:
+        raise ToolMissingError("the program is not on PATH", where=program, fix=fix)
+    return found
+
+
 def _private_log(path: Path) -> IO[bytes]:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     return os.fdopen(fd, "wb")

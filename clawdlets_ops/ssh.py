@@ -24,6 +24,7 @@ from clawdlets_ops.files import ensure_dir, write_atomic
 
 CONNECT_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 120.0
+LOOK_TIMEOUT_S = 3.0
 SSH_PORT = 22
 
 
@@ -162,7 +163,13 @@ def presented_key(address: str, *, port: int = SSH_PORT, timeout_s: float = CONN
 
 
 def wait_for_key(
-    addresses: list[str], wanted: frozenset[str], *, why: str, timeout_s: float, poll_s: float = 1.0
+    addresses: list[str],
+    wanted: frozenset[str],
+    *,
+    why: str,
+    timeout_s: float,
+    poll_s: float = 1.0,
+    port: int = SSH_PORT,
 ) -> tuple[str, str]:
     """Wait until one of ``addresses`` shows one of the ``wanted`` keys (any key when empty); returns address and key.
 
@@ -172,7 +179,7 @@ def wait_for_key(
 
     def look() -> tuple[str, str] | None:
         for address in addresses:
-            key = presented_key(address, timeout_s=min(CONNECT_TIMEOUT_S, 3.0))
+            key = presented_key(address, port=port, timeout_s=LOOK_TIMEOUT_S)
             if key:
                 seen[address] = key
                 if not wanted or key in wanted:

@@ -15,7 +15,7 @@ from clawdlets_ops import install, lockdown, provision, ssh
 from clawdlets_ops.errors import InstallRefused, VerifyError
 from clawdlets_ops.hetzner import Cloud, HetznerCloud, Server
 from clawdlets_ops.journal import Journal
-from clawdlets_ops.process import LocalRunner, Runner
+from clawdlets_ops.process import LocalRunner, Runner, require_program
 from clawdlets_ops.project import Project
 from clawdlets_ops.secrets import payload, store
 from clawdlets_ops.sensitive import Secret
@@ -83,7 +83,7 @@ def plan(stage: str, project: Project, host: str, tools: Tools) -> StagePlan:
                 steps.append(f"build {project.layout.extra_files(host)}")
             return StagePlan(stage, host, tuple(steps))
         case "provision":
-            return StagePlan(stage, host, provision.plan_for(project, host, cloud=tools.cloud).steps)
+            return StagePlan(stage, host, _plan_provision(project, host, tools).steps)
         case "install":
             planned = _plan_install(project, host, tools)
             return StagePlan(stage, host, () if planned.empty else (str(planned),))
@@ -123,7 +123,7 @@ def _apply(stage: str, project: Project, host: str, tools: Tools, say: Callable[
             laid = payload.materialise(project, host, runner=runner)
             return bool(made.created or made.updated or laid.changed), f"payload {laid.digest[:12]}"
         case "provision":
-            before = provision.plan_for(project, host, cloud=cloud)
+            before = _plan_provision(project, host, tools)
             server = provision.apply(project, host, runner=runner, cloud=cloud, say=say)
             return not before.empty, f"server {server.id} at {', '.join(server.addresses.values())}"
         case "install":
@@ -163,6 +163,16 @@ def _given(project: Project, host: str) -> dict[str, Secret]:
     if project.secrets_file is None:
         return {}
     return store.read_values(project.secrets_file, host, declared=project.fleet.hosts)
+
+
+def _plan_provision(project: Project, host: str, tools: Tools) -> provision.ProvisionPlan:
+    """The plan; refused before a server is paid for that could then not be installed."""
+    planned = provision.plan_for(project, host, cloud=tools.cloud)
+    if not planned.empty:
+        require_program(tools.runner, "tofu", "install OpenTofu 1.10 or newer (make setup builds it)")
+    if provision.SERVER not in planned.adopt:
+        install.require_means(project, host, runner=tools.runner)
+    return planned
 
 
 def _plan_install(project: Project, host: str, tools: Tools) -> install.InstallPlan:

@@ -125,6 +125,6 @@ class ClawdletsConnector(BaseConnector):
         if (server := tools.cloud.server(name)) is not None:
             addresses += server.addresses.values()
         for address in addresses:
-            if ssh.presented_key(address, timeout_s=3.0) == pin:
+            if ssh.presented_key(address, timeout_s=ssh.LOOK_TIMEOUT_S) == pin:
                 return ssh.Target(name, address, install.ADMIN, project.ssh_identity_file(name), pin)
         raise ConnectError(f"{name}: no address shows the pinned host key (tried {', '.join(addresses) or 'none'})")
