@@ -6,6 +6,7 @@ Exit status: 0 done; 1 refused or failed; 2 something is unknown (verify), or th
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -14,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from clawdlets_ops import workflow
 from clawdlets_ops.errors import ClawdletsError
@@ -28,6 +27,7 @@ from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
 from clawdlets_ops.secrets import payload, store
 from clawdlets_ops.verify import host as verify_host
+from clawdlets_ops.verify.run import Report
 
 MARK = {State.PASS: "ok", State.FAIL: "FAIL", State.UNKNOWN: "unknown", State.NOT_APPLICABLE: "n/a"}
 
@@ -35,6 +35,7 @@ MARK = {State.PASS: "ok", State.FAIL: "FAIL", State.UNKNOWN: "unknown", State.NO
 def main() -> None:
     """Console script."""
     os.umask(0o077)  # whatever is made without a mode of its own is private
+    logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it logs a traceback for every port that is not ready yet
     try:
         clawdlets.main(standalone_mode=False)
     except ClawdletsError as error:
@@ -113,12 +114,12 @@ def verify(project: Project, hosts: tuple[str, ...], form: str) -> None:
     sys.exit(exit_code(findings))
 
 
-def _print_findings(host: str, report: Any) -> None:
-    console = Console(soft_wrap=True)
-    table = Table("check", "result", "claim", "seen", title=f"{host}: {report.summary}", title_justify="left")
+def _print_findings(host: str, report: Report) -> None:
+    click.echo(f"{host}: {report.summary}")
     for finding in report.findings:
-        table.add_row(finding.check, MARK[finding.state], finding.claim, finding.observed)
-    console.print(table)
+        click.echo(f"  {MARK[finding.state]:7}  {finding.check:7}  {finding.observed}")
+        if finding.state in (State.FAIL, State.UNKNOWN):
+            click.echo(f"                    {finding.claim}\n                    → {finding.fix}")
     click.echo(f"report: {report.report_html}")
 
 
