@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from clawdlets_ops.errors import VerifyError
-from clawdlets_ops.fleet import RESERVED_SECRETS, Host, world_open
+from clawdlets_ops.fleet import Host, world_open
 from clawdlets_ops.layout import (
     HOST_AGE_KEY,
     HOST_AGE_KEY_DIR,
@@ -23,6 +23,7 @@ from clawdlets_ops.layout import (
     secrets_dir_on_server,
 )
 from clawdlets_ops.project import Vantage
+from clawdlets_ops.secrets.plan import Need, needs
 
 EXPECTATION_VERSION = 1
 ADMIN = "admin"
@@ -87,7 +88,9 @@ def build_expectation(
         "sshdUsers": list(SSHD_USERS),
         "sshdSources": list(SSHD_SOURCES),
         "passwordUsers": sorted(
-            name.removesuffix(PASSWORD_HASH_SUFFIX) for name in RESERVED_SECRETS if name.endswith(PASSWORD_HASH_SUFFIX)
+            need.name.removesuffix(PASSWORD_HASH_SUFFIX)
+            for need in needs(host, declared)
+            if need.name.endswith(PASSWORD_HASH_SUFFIX)
         ),
         "sudo": {"ownPrograms": f"{SYSTEM_PROGRAMS}/clawdlets-"},
         "factsProgram": f"{SYSTEM_PROGRAMS}/clawdlets-facts",
@@ -137,16 +140,14 @@ def _vantage(vantage: Vantage, mode: str, *, world: bool) -> dict[str, Any]:
 
 def _secrets(host: str, declared: Host) -> list[dict[str, Any]]:
     """Every secret that the host holds. ``runtime`` is None for those of the system itself, which are root's alone."""
-    system = [name for name in RESERVED_SECRETS if name != "tailscale_auth_key" or declared.tailnet.mode == "tailscale"]
-    runtime: dict[str, dict[str, Any] | None] = dict.fromkeys(system)
-    for name, wiring in declared.secrets.items():
-        runtime[name] = {
-            "path": str(RUN_SECRETS / name),
-            "owner": wiring.owner,
-            "group": wiring.group,
-            "mode": wiring.mode,
-        }
+
+    def runtime(need: Need) -> dict[str, Any] | None:
+        if need.name not in declared.secrets:
+            return None
+        wired = need.wiring
+        return {"path": str(RUN_SECRETS / need.name), "owner": wired.owner, "group": wired.group, "mode": wired.mode}
+
     return [
-        {"name": name, "file": _path(secret_file_on_server(host, name)), "runtime": runtime[name]}
-        for name in sorted(runtime)
+        {"name": need.name, "file": _path(secret_file_on_server(host, need.name)), "runtime": runtime(need)}
+        for need in sorted(needs(host, declared), key=lambda need: need.name)
     ]
