@@ -7,6 +7,7 @@ of fabric, paramiko and socket outside the lab.
 from __future__ import annotations
 
 import base64
+import io
 import shlex
 import socket
 from collections.abc import Iterator
@@ -68,10 +69,11 @@ class Session:
         self._connection = connection
         self._target = target
 
-    def run(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> Answer:
+    def run(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S, stdin: str | None = None) -> Answer:
         """Run ``command`` in the login shell; UnreachableError when the connection breaks, CommandTimeout after ``timeout_s``."""
+        given = False if stdin is None else io.StringIO(stdin)
         try:
-            result = self._connection.run(command, hide=True, warn=True, in_stream=False, timeout=timeout_s)
+            result = self._connection.run(command, hide=True, warn=True, in_stream=given, timeout=timeout_s)
         except CommandTimedOut:
             raise CommandTimeout(f"did not end within {timeout_s:g} s: {command}", where=str(self._target)) from None
         except (OSError, EOFError, paramiko.SSHException) as error:

@@ -7,7 +7,7 @@ else over its public address, and only to a host that shows its pinned key.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from io import IOBase
 from pathlib import Path
@@ -72,19 +72,21 @@ class ClawdletsConnector(BaseConnector):
     ) -> tuple[bool, CommandOutput]:
         """Run a command on the host as admin."""
         timeout_s = float(arguments.pop("_timeout", None) or DEFAULT_TIMEOUT_S)
-        for key in ("_get_pty", "_stdin", "_success_exit_codes"):
-            arguments.pop(key, None)
+        success = tuple(arguments.pop("_success_exit_codes", None) or (0,))
+        stdin = arguments.pop("_stdin", None)
+        if arguments.pop("_get_pty", False):
+            raise NotImplementedError("a clawdlets host is not given a terminal; run the command without _get_pty")
         # The raw value: the printable one has its secrets masked.
         line = make_unix_command_for_host(self.state, self.host, command, **arguments).get_raw_value()
         if print_input:
             self.host.log(f">>> {command}")
-        answer = self._open().run(line, timeout_s=timeout_s)
+        answer = self._open().run(line, timeout_s=timeout_s, stdin=_text(stdin))
         lines = [OutputLine("stdout", text) for text in answer.stdout.splitlines()]
         lines += [OutputLine("stderr", text) for text in answer.stderr.splitlines()]
         if print_output:
             for line_out in lines:
                 self.host.log(line_out.line)
-        return answer.ok, CommandOutput(lines)
+        return answer.exit_code in success, CommandOutput(lines)
 
     def put_file(self, filename_or_io: str | IOBase, remote_filename: str, *_: Any, **__: Any) -> bool:
         """Not offered: files reach a host by its payload and its NixOS configuration."""
@@ -128,3 +130,10 @@ class ClawdletsConnector(BaseConnector):
             if ssh.presented_key(address, timeout_s=ssh.LOOK_TIMEOUT_S) == pin:
                 return ssh.Target(name, address, install.ADMIN, project.ssh_identity_file(name), pin)
         raise ConnectError(f"{name}: no address shows the pinned host key (tried {', '.join(addresses) or 'none'})")
+
+
+def _text(stdin: str | Iterable[str] | None) -> str | None:
+    """pyinfra's ``_stdin``: a string, or lines."""
+    if stdin is None or isinstance(stdin, str):
+        return stdin
+    return "".join(f"{line}\n" for line in stdin)

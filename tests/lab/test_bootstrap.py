@@ -180,6 +180,22 @@ class TestTheFirstDay:
         } <= set(states)
         assert set(states.values()) <= {"pass", "not-applicable"}, states
 
+    def test_the_connector_serves_a_users_own_deploys_over_the_tailnet(self, project: LabProject) -> None:
+        said = project.run("pyinfra", "inventory/lab.py", "exec", "--", "id", "-un").stdout
+        assert re.search(r"\] admin$", said, flags=re.MULTILINE)
+        fact = project.run(
+            "pyinfra", "inventory/lab.py", "fact", "clawdlets_ops.pyinfra_plugin.facts.SshExposure"
+        ).stdout
+        assert '"mode": "tailnet"' in fact
+        deploy = project.root / "deploys" / "own.py"
+        deploy.write_text(
+            "from pyinfra.operations import server\n"
+            "server.shell(commands=['test \"$(cat)\" = given && exit 3'], _stdin='given', _success_exit_codes=[3])\n"
+        )
+        project.run("pyinfra", "-y", "inventory/lab.py", str(deploy))
+        deploy.write_text("from pyinfra.operations import server\nserver.shell(commands=['exit 3'])\n")
+        project.run("pyinfra", "-y", "inventory/lab.py", str(deploy), ok=False)
+
     def test_port_22_by_vantage_and_family_before_and_after(self, project: LabProject) -> None:
         before, after = exposure(project, "before"), exposure(project, "after")
         assert set(before) == set(after)
