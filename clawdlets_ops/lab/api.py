@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import socket
 import sys
 import threading
@@ -25,37 +24,19 @@ from typing import Any, Final
 from urllib.parse import parse_qs
 
 from clawdlets_ops.files import PRIVATE_FILE
-from clawdlets_ops.lab import grammar
 from clawdlets_ops.lab.catalogue import Json
 from clawdlets_ops.lab.cloud import Cloud
-from clawdlets_ops.lab.grammar import ApiError, Query
+from clawdlets_ops.lab.grammar import ApiError
+from clawdlets_ops.lab.ratelimit import Budget, Rate
+from clawdlets_ops.lab.routes import API_PREFIX as API_PREFIX
+from clawdlets_ops.lab.routes import Routes
 
 log = logging.getLogger(__name__)
 
 ExtraRoutes = Mapping[tuple[str, str], Callable[[Mapping[str, str]], object]]
 
-API_PREFIX: Final = "/v1"
-CHANGELOG: Final = "https://docs.hetzner.cloud/changelog"
 TOKEN_LENGTH: Final = 64
 BODY_LIMIT_BYTES: Final = 1024 * 1024
-RATE_LIMIT_PER_HOUR: Final = 3600
-
-_CHANGEABLE: Final = ("ssh_keys", "firewalls", "servers")
-_READABLE: Final = (*_CHANGEABLE, "locations", "server_types", "images", "primary_ips")
-_HAVE_ACTIONS: Final = ("firewalls", "servers", "images", "primary_ips")
-# Known to the real API and to its clients; here they get a clear answer instead of a puzzling 404.
-_ABSENT: Final = (
-    "certificates",
-    "floating_ips",
-    "isos",
-    "load_balancer_types",
-    "load_balancers",
-    "networks",
-    "placement_groups",
-    "pricing",
-    "volumes",
-    "zones",
-)
 
 
 @dataclass(frozen=True)
@@ -70,97 +51,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """status, the JSON value (None: no body), and the id under which the journal has the request."""
+    """status, the JSON value (None: no body), the id under which the journal has the request, and the budget left."""
 
     status: int
     payload: object
     request_id: str
+    rate: Rate | None = None
 
 
-_Reply = tuple[int, object]
-_Handler = Callable[[Cloud, tuple[str, ...], Query, Json], _Reply]
-
-
-def _list(cloud: Cloud, names: tuple[str, ...], query: Query, _: Json) -> _Reply:
-    return _page(names[0], cloud.rows(names[0]), query)
-
-
-def _page(kind: str, rows: list[Json], query: Query) -> _Reply:
-    chosen, pagination = grammar.page(grammar.choose(kind, rows, query), query)
-    return 200, {kind: chosen, "meta": {"pagination": pagination}}
-
-
-def _get(cloud: Cloud, names: tuple[str, ...], _query: Query, _: Json) -> _Reply:
-    return 200, {names[0].removesuffix("s"): cloud.row(names[0], int(names[1]))}
-
-
-def _create(cloud: Cloud, names: tuple[str, ...], _query: Query, body: Json) -> _Reply:
-    return 201, cloud.create(names[0], body)
-
-
-def _update(cloud: Cloud, names: tuple[str, ...], _query: Query, body: Json) -> _Reply:
-    return 200, cloud.update(names[0], int(names[1]), body)
-
-
-def _delete(cloud: Cloud, names: tuple[str, ...], _query: Query, _: Json) -> _Reply:
-    payload = cloud.delete(names[0], int(names[1]))
-    return (204 if payload is None else 200), payload
-
-
-def _act(cloud: Cloud, names: tuple[str, ...], _query: Query, body: Json) -> _Reply:
-    return 201, cloud.act(names[0], int(names[1]), names[2], body)
-
-
-def _actions(cloud: Cloud, _names: tuple[str, ...], query: Query, _: Json) -> _Reply:
-    if not query.get("id"):
-        details = {
-            "announcement": "https://docs.hetzner.cloud/changelog#2023-07-20-actions-list-endpoint-is-deprecated"
-        }
-        raise ApiError(410, "deprecated_api_endpoint", "listing all actions is gone; ask for them by id", details)
-    return _page("actions", cloud.rows("actions"), query)
-
-
-def _action(cloud: Cloud, names: tuple[str, ...], _query: Query, _: Json) -> _Reply:
-    return 200, {"action": cloud.row("actions", int(names[-1]))}
-
-
-def _actions_of(cloud: Cloud, names: tuple[str, ...], query: Query, _: Json) -> _Reply:
-    return _page("actions", cloud.actions_of(names[0], int(names[1]) if len(names) > 1 else None), query)
-
-
-def _datacenters(_cloud: Cloud, _names: tuple[str, ...], _query: Query, _: Json) -> _Reply:
-    details = {"announcement": CHANGELOG}
-    raise ApiError(410, "deprecated_api_endpoint", "/datacenters is gone; use /locations", details)
-
-
-def _absent(_cloud: Cloud, names: tuple[str, ...], _query: Query, _: Json) -> _Reply:
-    raise grammar.not_implemented(f"/{names[0]}")
-
-
-_ID: Final = r"[0-9]{1,18}"
-
-
-def _routes() -> tuple[tuple[str, re.Pattern[str], _Handler], ...]:
-    any_of = "|".join
-    templates: tuple[tuple[str, str, _Handler], ...] = (
-        ("GET", r"/actions", _actions),
-        ("GET", rf"/actions/({_ID})", _action),
-        ("GET", rf"/({any_of(_READABLE)})", _list),
-        ("GET", rf"/({any_of(_READABLE)})/({_ID})", _get),
-        ("POST", rf"/({any_of(_CHANGEABLE)})", _create),
-        ("PUT", rf"/({any_of(_CHANGEABLE)})/({_ID})", _update),
-        ("DELETE", rf"/({any_of(_CHANGEABLE)})/({_ID})", _delete),
-        ("POST", rf"/({any_of(_HAVE_ACTIONS)})/({_ID})/actions/([a-z_]+)", _act),
-        ("GET", rf"/({any_of(_HAVE_ACTIONS)})/actions", _actions_of),
-        ("GET", rf"/({any_of(_HAVE_ACTIONS)})/({_ID})/actions", _actions_of),
-        ("GET", rf"/({any_of(_HAVE_ACTIONS)})/(?:{_ID}/)?actions/({_ID})", _action),
-        ("GET", rf"/datacenters(?:/{_ID})?", _datacenters),
-        *((method, rf"/({any_of(_ABSENT)})(?:/.*)?", _absent) for method in ("GET", "POST", "PUT", "DELETE")),
-    )
-    return tuple((method, re.compile(pattern), handler) for method, pattern, handler in templates)
-
-
-_ROUTES: Final = _routes()
+Faults = Callable[[Request], Answer | None]
 
 
 class Emulator:
@@ -170,7 +69,10 @@ class Emulator:
     JSON body; they need the same token and answer under their path with or without /v1. The journal (JSON lines, 0600)
     has for each request ts, method, path, query, status, userAgent, requestId, body and mutates (whether it changed the
     cloud's state; for an extra route: whether it is no GET and succeeded). It never has a header's token, user_data or
-    what an extra route was told: those are {"bytes", "sha256"}. Raises ValueError for a token that no client could use.
+    what an extra route was told: those are {"bytes", "sha256"}. ``faults`` is asked after authentication and before
+    routing, not for extra routes: an Answer (of which status and payload count) replaces the handling; it may block, and
+    raise ApiError. ``budget`` is what the token may ask of /v1 (3600 an hour when none is given; the lab's own routes and
+    refused tokens are free of it). ``datacenters`` offers /datacenters to old clients; the API answers 410. Raises ValueError for a token that no client could use.
     """
 
     def __init__(
@@ -182,6 +84,9 @@ class Emulator:
         host: str = "127.0.0.1",
         port: int = 0,
         extra_routes: ExtraRoutes | None = None,
+        faults: Faults | None = None,
+        budget: Budget | None = None,
+        datacenters: bool = False,
     ) -> None:
         if len(token) != TOKEN_LENGTH:
             raise ValueError(
@@ -192,6 +97,9 @@ class Emulator:
         self._journal_file = journal_file
         self._address = (host, port)
         self._extra_routes = dict(extra_routes or {})
+        self._faults = faults
+        self._budget = budget or Budget()
+        self._routes = Routes(cloud, datacenters=datacenters)
         self._request_ids = itertools.count(time.time_ns())
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
@@ -234,10 +142,13 @@ class Emulator:
         try:
             self._authenticate(request)
             body = _json_object(request.body)
-            if extra is None:
-                status, payload = self._dispatch(request.method, path, query, body)
-            else:
+            if extra is not None:
                 status, payload = 200, extra(body or {name: values[-1] for name, values in query.items()})
+            elif self._faults is not None and (fault := self._faults(request)) is not None:
+                status, payload = fault.status, fault.payload
+            else:
+                self._spend()
+                status, payload = self._routes.answer(request.method, path, query, body)
         except ApiError as error:
             status, payload = error.status, _envelope(error)
         except Exception:
@@ -252,24 +163,17 @@ class Emulator:
         elif body and body.get("user_data") is not None:
             said["body"] = {**body, "user_data": _digest(body["user_data"])}
         self._note(request, path, said, status, request_id, mutates)
-        return Answer(status, payload, request_id)
+        return Answer(status, payload, request_id, self._budget.look())
 
     def _authenticate(self, request: Request) -> None:
         sent = request.headers.get("authorization", "").encode("latin-1", "replace")
         if not hmac.compare_digest(sent, self._authorization):
             raise ApiError(401, "unauthorized", "unable to authenticate")
 
-    def _dispatch(self, method: str, path: str, query: Query, body: Json) -> _Reply:
-        below = path.removeprefix(API_PREFIX) if path.startswith(f"{API_PREFIX}/") else ""
-        known = False
-        for wanted, pattern, handler in _ROUTES:
-            if found := pattern.fullmatch(below):
-                if wanted == method:
-                    return handler(self._cloud, found.groups(), query, body)
-                known = True
-        if known:
-            raise ApiError(405, "method_not_allowed", f"{method} is not for {path}")
-        raise ApiError(404, "not_found", f"{path} does not exist")
+    def _spend(self) -> None:
+        granted, rate = self._budget.take()
+        if not granted:
+            raise ApiError(429, "rate_limit_exceeded", f"limit of {rate.limit} requests per hour reached")
 
     def _note(self, request: Request, path: str, said: Json, status: int, request_id: str, mutates: bool) -> None:
         entry = {
@@ -379,9 +283,10 @@ class _Connection(BaseHTTPRequestHandler):
         content = b"" if answer.payload is None else json.dumps(answer.payload).encode()
         self.send_response(answer.status)
         self.send_header("X-Correlation-Id", answer.request_id)
-        self.send_header("RateLimit-Limit", str(RATE_LIMIT_PER_HOUR))
-        self.send_header("RateLimit-Remaining", str(RATE_LIMIT_PER_HOUR - 1))
-        self.send_header("RateLimit-Reset", str(int(time.time()) + 1))
+        if answer.rate is not None:
+            self.send_header("RateLimit-Limit", str(answer.rate.limit))
+            self.send_header("RateLimit-Remaining", str(answer.rate.remaining))
+            self.send_header("RateLimit-Reset", str(answer.rate.reset))
         if content:
             self.send_header("Content-Type", "application/json")
         if answer.status != 204:

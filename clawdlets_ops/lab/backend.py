@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from ipaddress import IPv4Address
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 
 class BackendError(Exception):
@@ -77,7 +77,7 @@ class MachineBackend(Protocol):
 
 
 class StubBackend:
-    """No machines: records the calls as (method, arguments…), in order."""
+    """No machines, and every optional protocol: records the calls as (method, arguments…), in order."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -113,6 +113,21 @@ class StubBackend:
     def set_rules(self, server_id: int, rules: tuple[Rule, ...] | None) -> None:
         self._record("set_rules", server_id, rules)
 
+    def set_addresses(self, spec: MachineSpec) -> None:
+        self._record("set_addresses", spec)
+
+    def enable_rescue(self, server_id: int, authorized_keys: tuple[str, ...]) -> None:
+        self._record("enable_rescue", server_id, authorized_keys)
+
+    def disable_rescue(self, server_id: int) -> None:
+        self._record("disable_rescue", server_id)
+
+    def create_image(self, server_id: int, image_id: int) -> None:
+        self._record("create_image", server_id, image_id)
+
+    def delete_image(self, image_id: int) -> None:
+        self._record("delete_image", image_id)
+
 
 class AddressPool(Protocol):
     """Public addresses by slot; a slot is free again after its server is deleted."""
@@ -133,3 +148,46 @@ class LoopbackPool:
         if not 0 <= slot < self._LIMIT:
             raise BackendError("resource_limit_exceeded", f"the loopback pool has {self._LIMIT} addresses")
         return str(IPv4Address("127.0.1.1") + slot), "::/64"
+
+
+@runtime_checkable
+class RescueBackend(Protocol):
+    """What a MachineBackend may also do: boot a machine into a rescue system.
+
+    The order counts for the next boot only, whoever causes it (reboot, reset, power on, the guest itself); the boot after
+    that is from the disk again. It is called like a MachineBackend's methods, for a machine that is on or off, and changes
+    nothing until that next boot. A rebuild forgets an order.
+    """
+
+    def enable_rescue(self, server_id: int, authorized_keys: tuple[str, ...]) -> None:
+        """Order it, with these keys for root; ordering again replaces the keys."""
+
+    def disable_rescue(self, server_id: int) -> None:
+        """Take the order back; none is fine."""
+
+
+@runtime_checkable
+class AddressingBackend(Protocol):
+    """What a MachineBackend may also do: have machines with any public addresses.
+
+    Without it every MachineSpec has both addresses, of one slot of the pool, for the machine's life. With it ipv4 or
+    ipv6_network may be "" (none), they may be of different slots, and they change while a machine is off.
+    """
+
+    def set_addresses(self, spec: MachineSpec) -> None:
+        """The addresses that count from the next boot on."""
+
+
+@runtime_checkable
+class SnapshotBackend(Protocol):
+    """What a MachineBackend may also do: keep a copy of a machine's disk.
+
+    create and rebuild with a MachineSpec whose image is ``str(image_id)`` start from the copy. Called like a
+    MachineBackend's methods, by one thread at a time for the same image.
+    """
+
+    def create_image(self, server_id: int, image_id: int) -> None:
+        """Copy the disk of a machine that is on or off."""
+
+    def delete_image(self, image_id: int) -> None:
+        """Remove the copy; none is fine, servers made from it stay."""

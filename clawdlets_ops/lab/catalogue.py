@@ -1,4 +1,4 @@
-"""What the emulated cloud sells: locations, server types and images, in the API's own JSON shape.
+"""What the emulated cloud sells: locations, server types, images and ISOs with prices, in the API's own JSON shape.
 
 Names, sizes and most ids are those of the public catalogue (November 2026). Prices are round figures of the lab, never a
 quote. For each image name x86 comes before arm: old clients take the first match of a name and ask for no architecture.
@@ -126,8 +126,87 @@ IMAGES: Final[Sequence[Json]] = (
     _image(310557661, "debian-13", "arm", "2025-08-11T06:00:03+00:00"),
 )
 
+
+def _iso(iso_id: int, name: str, description: str, arch: str | None) -> Json:
+    return {
+        "id": iso_id,
+        "name": name,
+        "description": description,
+        "type": "public",
+        "architecture": arch,
+        "deprecated": None,
+        "deprecation": None,
+    }
+
+
+ISOS: Final[Sequence[Json]] = (
+    _iso(8637, "virtio-win-0.1.248.iso", "virtio 0.1.248", None),
+    _iso(122630, "nixos-minimal-25.05-x86_64-linux.iso", "NixOS 25.05 (amd64/minimal)", "x86"),
+    _iso(122631, "nixos-minimal-25.05-aarch64-linux.iso", "NixOS 25.05 (arm64/minimal)", "arm"),
+)
+
 CATALOGUE: Final[dict[str, Sequence[Json]]] = {
     "locations": LOCATIONS,
     "server_types": SERVER_TYPES,
     "images": IMAGES,
+    "isos": ISOS,
 }
+
+_BY_ID: Final = {kind: {row["id"]: row for row in rows} for kind, rows in CATALOGUE.items()}
+
+
+def find(kind: str, row_id: int) -> Json | None:
+    """A row of the catalogue, if there is one."""
+    return _BY_ID[kind].get(row_id)
+
+
+def by_id(kind: str, row_id: int) -> Json:
+    """A row of the catalogue; KeyError."""
+    return _BY_ID[kind][row_id]
+
+
+def price(net: str) -> Json:
+    """A sum in EUR and what it is with tax, in the API's shape."""
+    return _price(Decimal(net))
+
+
+def pricing() -> Json:
+    """GET /pricing: round figures of the lab, never a quote."""
+    everywhere = [location["name"] for location in LOCATIONS]
+    return {
+        "currency": "EUR",
+        "vat_rate": "19.000000",
+        "image": {"price_per_gb_month": price("0.01")},
+        "volume": {"price_per_gb_month": price("0.05")},
+        "floating_ip": {"price_monthly": price("3")},
+        "floating_ips": [],
+        "primary_ips": [
+            {
+                "type": family,
+                "prices": [
+                    {"location": name, "price_hourly": price(hourly), "price_monthly": price(monthly)}
+                    for name in everywhere
+                ],
+            }
+            for family, hourly, monthly in (("ipv4", "0.001", "0.5"), ("ipv6", "0", "0"))
+        ],
+        "server_backup": {"percentage": "20.000000"},
+        "server_types": [{key: row[key] for key in ("id", "name", "prices")} for row in SERVER_TYPES],
+        "load_balancer_types": [],
+        "traffic": {"price_per_tb": price("0")},
+    }
+
+
+def datacenters() -> list[Json]:
+    """GET /datacenters as it was before the API dropped it, for old clients: one per location."""
+    types = [row["id"] for row in SERVER_TYPES]
+    return [
+        {
+            "id": location["id"] + 1,
+            "name": f"{location['name']}-dc{number}",
+            "description": f"{location['city']} {number} virtual DC {number}",
+            "location": location,
+            "server_types": {"supported": types, "available": types, "available_for_migration": types},
+        }
+        for location, number in zip(LOCATIONS, (14, 3, 2), strict=True)
+    ]

@@ -12,6 +12,7 @@ from clawdlets_ops.lab.grammar import ApiError
 from clawdlets_ops.lab.records import Firewall, Server, State
 
 FIREWALLS_PER_SERVER: Final = 5
+EFFECTIVE_RULES: Final = 500
 
 Rules = tuple[Rule, ...] | None
 
@@ -67,8 +68,33 @@ def attach(state: State, firewall: Firewall, named: Sequence[int | str]) -> None
             raise ApiError(422, "firewall_already_applied", f"firewall is already applied to '{resource}'")
         if isinstance(resource, int) and len(attached(state, state.servers[resource])) >= FIREWALLS_PER_SERVER:
             raise ApiError(403, "resource_limit_exceeded", f"at most {FIREWALLS_PER_SERVER} firewalls per server")
+        if isinstance(resource, int) and state.servers[resource].ipv4 is state.servers[resource].ipv6 is None:
+            raise ApiError(422, "private_net_only_server", f"server with ID {resource} has no public interface")
+    affected = {server_id for one in named for server_id in ([one] if isinstance(one, int) else hits(state, one))}
+    for server_id in affected:
+        others = [other for other in attached(state, state.servers[server_id]) if other.id != firewall.id]
+        require_few_rules([*others, firewall])
     firewall.servers += [resource for resource in named if isinstance(resource, int)]
     firewall.selectors += [resource for resource in named if isinstance(resource, str)]
+
+
+def replace_rules(state: State, firewall: Firewall, rules: list[Json]) -> None:
+    """Put these rules in place of the firewall's, or none of them with ApiError."""
+    before, firewall.rules = firewall.rules, rules
+    try:
+        require_few_rules([firewall])
+        for server_id in {*firewall.servers, *_selected(state, firewall)}:
+            require_few_rules(attached(state, state.servers[server_id]))
+    except ApiError:
+        firewall.rules = before
+        raise
+
+
+def require_few_rules(firewalls: Sequence[Firewall]) -> None:
+    """At most 500 rules in effect together; a rule counts once for each of its networks (chosen: no source says how)."""
+    count = sum(len(rule["source_ips"]) + len(rule["destination_ips"]) for one in firewalls for rule in one.rules)
+    if count > EFFECTIVE_RULES:
+        raise ApiError(403, "resource_limit_exceeded", f"at most {EFFECTIVE_RULES} effective rules, these are {count}")
 
 
 def detach(state: State, firewall: Firewall, named: Sequence[int | str]) -> None:

@@ -7,7 +7,6 @@ Pure functions from what was sent to canonical values; ApiError says no. Facts a
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -43,9 +42,12 @@ _PORT = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
 _FILTERS: Final[Mapping[str, Sequence[str]]] = {
     "actions": ("id", "status"),
     "images": ("name", "type", "status", "architecture", "bound_to"),
+    "isos": ("name", "architecture"),
+    "placement_groups": ("name", "type"),
     "primary_ips": ("name", "ip"),
     "servers": ("name", "status"),
     "ssh_keys": ("name", "fingerprint"),
+    "volumes": ("name", "status"),
 }
 _SORT_KEYS: Final[Mapping[str, Sequence[str]]] = {
     "actions": ("id", "command", "status", "progress", "started", "finished"),
@@ -105,9 +107,23 @@ def number(value: object, field: str) -> int:
     raise invalid(field, "must be an ID")
 
 
+def flag(body: Json, field: str, default: bool) -> bool:
+    """A boolean; absent and null are the default."""
+    value = body.get(field)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise invalid(field, "must be a boolean")
+    return value
+
+
+def is_host_name(value: str) -> bool:
+    return _HOST_NAME.fullmatch(value) is not None
+
+
 def host_name(value: str) -> str:
     """RFC 1123, as for server names."""
-    if not _HOST_NAME.fullmatch(value):
+    if not is_host_name(value):
         raise invalid("name", "must be a valid hostname per RFC 1123")
     return value
 
@@ -172,7 +188,7 @@ def ssh_fingerprint(public_key: str) -> str:
     words = public_key.split()
     try:
         blob = base64.b64decode(words[1], validate=True)
-    except (IndexError, binascii.Error) as error:
+    except (IndexError, ValueError) as error:  # binascii.Error is one, and so is a character beyond ASCII
         raise invalid("public_key", "must be an OpenSSH public key") from error
     name = words[0].encode(errors="replace")
     if blob[: 4 + len(name)] != len(name).to_bytes(4, "big") + name or "\n" in public_key.strip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,14 +13,18 @@ from clawdlets_ops.errors import LabError
 from clawdlets_ops.files import read_private, write_atomic
 from clawdlets_ops.lab import edge
 from clawdlets_ops.lab.backend import MachineSpec
-from clawdlets_ops.lab.catalogue import Json
+from clawdlets_ops.lab.catalogue import Json, find
 from clawdlets_ops.lab.edge import Rules
 from clawdlets_ops.lab.grammar import ApiError
-from clawdlets_ops.lab.records import Action, Firewall, Server, SshKey, State, by_id
+from clawdlets_ops.lab.records import RESOURCE_TYPES, Action, Record, Server, State
 from clawdlets_ops.lab.workers import Workers, attempt
 
 DELETED = "deleted"
 UNKNOWN = "unknown"
+
+_NO_SERVER = 0
+
+log = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -61,27 +66,30 @@ class Ledger:
             self._committed = text
             self._local.mutations = self.mutations() + 1
 
-    def action(self, command: str, *resources: SshKey | Firewall | Server) -> Action:
+    def action(self, command: str, *resources: Record) -> Action:
         """A new running action."""
-        kinds = {SshKey: "ssh_key", Firewall: "firewall", Server: "server"}
-        named: list[Json] = [{"id": resource.id, "type": kinds[type(resource)]} for resource in resources]
+        named: list[Json] = [{"id": resource.id, "type": RESOURCE_TYPES[type(resource)]} for resource in resources]
         action = Action(self.state.take_id("actions"), command, "running", self.timestamp(), named)
         self.state.actions[action.id] = action
         self.state.forget_old_actions()
         return action
 
-    def done(self, command: str, *resources: SshKey | Firewall | Server) -> Action:
+    def done(self, command: str, *resources: Record) -> Action:
         """A new action that has succeeded."""
         action = self.action(command, *resources)
         action.settle(self.timestamp(), None)
         return action
 
-    def claim(self, server: Server, command: str, status: str) -> Action:
-        """Lock the server for an action that is going to run; 423 when another one has it."""
+    def require_unlocked(self, server: Server) -> None:
+        """423 when an action has the server."""
         if server.locked:
             raise ApiError(423, "locked", "server is locked: another action is running")
+
+    def claim(self, server: Server, command: str, status: str, *resources: Record) -> Action:
+        """Lock the server for an action that is going to run, on it and ``resources``; 423 when another one has it."""
+        self.require_unlocked(server)
         server.locked, server.status = True, status
-        return self.action(command, server)
+        return self.action(command, server, *resources)
 
     def start(
         self,
@@ -92,17 +100,20 @@ class Ledger:
         status: str | None = None,
         enforces: bool = False,
         direct_only: bool = False,
+        failed: str = UNKNOWN,
+        then: Callable[[Json | None], None] | None = None,
     ) -> None:
         """Queue ``call`` on the server's worker; the actions end with it.
 
-        status is what the server becomes by it (`unknown` when it fails); None leaves status and lock alone. enforces
+        status is what the server becomes by it (``failed`` when it fails); None leaves status and lock alone. enforces
         says that the rules handed over are in force afterwards. direct_only leaves out attachments by label selector.
+        ``then`` is told the error, or None, and may change the state.
         """
 
         def job() -> None:
             with self.lock:
                 exists = server.id in self.state.servers
-                spec, wanted = _spec(server), server.edge_wanted
+                spec, wanted = _spec(self.state, server), server.edge_wanted
                 rules = edge.effective(self.state, server, direct_only=direct_only)
                 whole = rules == edge.effective(self.state, server)
             # A server that was deleted meanwhile has nothing left to enforce.
@@ -111,18 +122,31 @@ class Ledger:
                 if error is None and enforces and whole:
                     server.edge_in_force = wanted
                 if status is not None:
-                    server.locked, server.status = False, status if error is None else UNKNOWN
+                    server.locked, server.status = False, status if error is None else failed
                 if exists and server.status == DELETED:
                     self._forget(server)
+                if then is not None:
+                    then(error)
                 for action in actions:
                     action.settle(self.timestamp(), error)
 
         self._workers.submit(server.id, job)
 
+    def aside(self, call: Callable[[], None]) -> None:
+        """Queue what no action stands for, and no server waits for; a failure is logged."""
+
+        def job() -> None:
+            if (error := attempt(call)) is not None:
+                log.warning("the lab's cloud could not tidy up: %s", error["message"])
+
+        self._workers.submit(_NO_SERVER, job)
+
     def resume(self, enforce: Callable[[Server, Sequence[Action]], None]) -> None:
         """After a restart: nothing runs any more, and rules that were asked for still have to come into force."""
         with self.mutation() as state:
             orphans = [action for action in state.actions.values() if action.status == "running"]
+            for image in [image for image in state.images.values() if image.status == "creating"]:
+                del state.images[image.id]
             for server in state.servers.values():
                 if server.locked:
                     server.locked, server.status = False, UNKNOWN
@@ -140,9 +164,7 @@ class Ledger:
         join(timeout_s)
 
     def _forget(self, server: Server) -> None:
-        del self.state.servers[server.id]
-        for firewall in self.state.firewalls.values():
-            firewall.servers = [server_id for server_id in firewall.servers if server_id != server.id]
+        self.state.forget_server(server)
         self._workers.retire(server.id)
 
 
@@ -156,13 +178,15 @@ def _load(state_file: Path | None) -> State:
         raise LabError(f"is not a state of this lab ({error})", where=str(state_file), fix=fix) from error
 
 
-def _spec(server: Server) -> MachineSpec:
+def _spec(state: State, server: Server) -> MachineSpec:
+    ipv4, ipv6 = state.addresses(server) if server.id in state.servers else (None, None)
+    image = find("images", server.image)
     return MachineSpec(
         server_id=server.id,
         name=server.name,
-        ipv4=server.ipv4,
-        ipv6_network=server.ipv6,
-        image=by_id("images", server.image)["name"],
+        ipv4=ipv4.ip if ipv4 else "",
+        ipv6_network=ipv6.ip if ipv6 else "",
+        image=image["name"] if image else str(server.image),
         authorized_keys=tuple(server.authorized_keys),
         user_data=server.user_data,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clawdlets_ops.lab import grammar
@@ -14,7 +15,10 @@ DEFAULT_LOCATION = "fsn1"
 
 @dataclass(frozen=True)
 class ServerOrder:
-    """ssh_keys are as sent: ids, numeric strings or names."""
+    """ssh_keys are as sent: ids, numeric strings or names.
+
+    ipv4 and ipv6 are True for a new address, False for none, or the id of a primary IP.
+    """
 
     name: str
     labels: dict[str, str]
@@ -24,12 +28,22 @@ class ServerOrder:
     image: Json
     ssh_keys: tuple[object, ...]
     firewalls: tuple[int, ...]
+    networks: tuple[int, ...]
+    volumes: tuple[int, ...]
+    placement_group: int | None
+    ipv4: bool | int
+    ipv6: bool | int
     start: bool
 
 
-def server_order(body: Json) -> ServerOrder:
-    """The order of POST /servers; ApiError for bad input, and for what the lab has not."""
-    _refuse_what_the_lab_has_not(body)
+def server_order(body: Json, snapshots: Sequence[Json]) -> ServerOrder:
+    """The order of POST /servers; ApiError for bad input."""
+    if body.get("datacenter"):
+        raise grammar.invalid("datacenter", "was removed from the API in July 2026; use location")
+    public_net = body.get("public_net") or {}
+    if not isinstance(public_net, dict):
+        raise grammar.invalid("public_net", "must be an object")
+    group = body.get("placement_group")
     server_type = chosen("server_types", body.get("server_type"), "server_type")
     ssh_keys = body.get("ssh_keys") or []
     if not isinstance(ssh_keys, list):
@@ -43,34 +57,49 @@ def server_order(body: Json) -> ServerOrder:
         user_data=grammar.user_data(body.get("user_data")),
         server_type=server_type,
         location=chosen("locations", body.get("location") or DEFAULT_LOCATION, "location"),
-        image=chosen("images", body.get("image"), "image", server_type["architecture"]),
+        image=image_for(server_type, body.get("image"), snapshots, server_type["disk"]),
         ssh_keys=tuple(ssh_keys),
         firewalls=tuple(dict.fromkeys(firewalls)),
-        start=body.get("start_after_create", True) is not False,
+        networks=_ids(body, "networks"),
+        volumes=_ids(body, "volumes"),
+        placement_group=None if group is None else grammar.number(group, "placement_group"),
+        ipv4=_address(public_net, "ipv4"),
+        ipv6=_address(public_net, "ipv6"),
+        start=grammar.flag(body, "start_after_create", True),
     )
 
 
-def chosen(kind: str, sent: object, field: str, architecture: str | None = None) -> Json:
-    """A row of the catalogue by id, numeric string or name; a name is looked up within the architecture."""
-    for row in CATALOGUE[kind]:
+def image_for(server_type: Json, sent: object, snapshots: Sequence[Json], disk_gb: int) -> Json:
+    """The image that a request names, if a server of this type and disk can have it."""
+    image = chosen("images", sent, "image", server_type["architecture"], snapshots)
+    if image["status"] != "available":
+        raise grammar.invalid("image", "is not available yet")
+    if image["disk_size"] > disk_gb:
+        raise grammar.invalid("image", "the image's disk is bigger than the server's")
+    return image
+
+
+def chosen(kind: str, sent: object, field: str, architecture: str | None = None, more: Sequence[Json] = ()) -> Json:
+    """A row of the catalogue or of ``more`` by id, numeric string or name; a name is looked up within the architecture."""
+    for row in (*CATALOGUE[kind], *more):
         fits = architecture in (None, row.get("architecture"))
-        if sent in (row["id"], str(row["id"])) and not fits:
+        by_id = sent in (row["id"], str(row["id"])) and not isinstance(sent, bool)
+        if by_id and not fits:
             raise grammar.invalid(field, f"'{sent}' is not for the architecture {architecture}")
-        if fits and sent in (row["id"], str(row["id"]), row["name"]):
+        if fits and (by_id or (sent is not None and sent == row["name"])):
             return row
     raise grammar.invalid(field, f"'{sent}' does not exist")
 
 
-def _refuse_what_the_lab_has_not(body: Json) -> None:
-    for field in ("networks", "volumes", "placement_group"):
-        if body.get(field):
-            raise grammar.not_implemented(f"a server with {field}")
-    if body.get("datacenter"):
-        raise grammar.invalid("datacenter", "was removed from the API in July 2026; use location")
-    public_net = body.get("public_net") or {}
-    if not isinstance(public_net, dict) or not all(
-        public_net.get(f"enable_{v}", True) is True for v in ("ipv4", "ipv6")
-    ):
-        raise grammar.not_implemented("a server without a public IPv4 and IPv6 address")
-    if public_net.get("ipv4") or public_net.get("ipv6"):
-        raise grammar.not_implemented("a server with a primary IP made before")
+def _ids(body: Json, field: str) -> tuple[int, ...]:
+    sent = body.get(field) or []
+    if not isinstance(sent, list):
+        raise grammar.invalid(field, "must be a list")
+    return tuple(dict.fromkeys(grammar.number(one, field) for one in sent))
+
+
+def _address(public_net: Json, family: str) -> bool | int:
+    enabled = grammar.flag(public_net, f"enable_{family}", True)
+    if enabled and public_net.get(family):
+        return grammar.number(public_net[family], f"public_net.{family}")
+    return enabled

@@ -1,19 +1,20 @@
 """What the emulated cloud remembers, and how each of it looks in an answer.
 
 A record's fields are JSON-able, so that the state file is the records as they are; what no answer may show (user_data,
-authorised keys, address slot) is simply not part of the view.
+authorised keys, address slot) is simply not part of the view. A server's view is in ``views``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Final
 
-from clawdlets_ops.lab.catalogue import CATALOGUE, Json
+from clawdlets_ops.lab.catalogue import Json, find
+from clawdlets_ops.lab.resources import Network, PlacementGroup, PrimaryIp, Snapshot, Volume
 
-STATE_VERSION: Final = 1
+STATE_VERSION: Final = 2
 ACTIONS_KEPT: Final = 500
 # One range of ids per kind: they do not depend on the order of parallel requests, and a mixed-up id is not found.
 FIRST_IDS: Final[Mapping[str, int]] = {
@@ -21,6 +22,10 @@ FIRST_IDS: Final[Mapping[str, int]] = {
     "ssh_keys": 2001,
     "firewalls": 3001,
     "primary_ips": 4001,
+    "networks": 5001,
+    "volumes": 6001,
+    "placement_groups": 7001,
+    "images": 400000001,
     "actions": 10001,
 }
 
@@ -80,7 +85,10 @@ class Firewall:
 
 @dataclass
 class Server:
-    """edge_wanted counts the changes of the effective firewall rules, edge_in_force is the last one that is in force."""
+    """edge_wanted counts the changes of the effective firewall rules, edge_in_force is the last one that is in force.
+
+    ipv4 and ipv6 are ids of primary IPs; private_net is in the API's shape; disk is in GB.
+    """
 
     id: int
     name: str
@@ -90,72 +98,20 @@ class Server:
     server_type: int
     image: int
     location: int
-    slot: int
-    ipv4: str
-    ipv4_id: int
-    ipv6: str
-    ipv6_id: int
+    ipv4: int | None
+    ipv6: int | None
     user_data: str
     authorized_keys: list[str]
+    disk: int
     locked: bool = False
     protected: bool = False
+    rescue: bool = False
+    iso: int | None = None
+    backup_window: str | None = None
+    placement_group: int | None = None
+    private_net: list[Json] = field(default_factory=list)
     edge_wanted: int = 1
     edge_in_force: int = 0
-
-    def view(self, firewalls: Sequence[int]) -> Json:
-        """The API's object; `datacenter` is left out, as the API does since July 2026."""
-        server_type = by_id("server_types", self.server_type)
-        edge = "applied" if self.edge_in_force == self.edge_wanted else "pending"
-        return {
-            "id": self.id,
-            "name": self.name,
-            "status": self.status,
-            "created": self.created,
-            "public_net": {
-                "ipv4": {"id": self.ipv4_id, "ip": self.ipv4, "blocked": False, "dns_ptr": self.name},
-                "ipv6": {"id": self.ipv6_id, "ip": self.ipv6, "blocked": False, "dns_ptr": []},
-                "floating_ips": [],
-                "firewalls": [{"id": firewall_id, "status": edge} for firewall_id in firewalls],
-            },
-            "private_net": [],
-            "server_type": server_type,
-            "location": by_id("locations", self.location),
-            "image": by_id("images", self.image),
-            "iso": None,
-            "rescue_enabled": False,
-            "locked": self.locked,
-            "backup_window": None,
-            "outgoing_traffic": 0,
-            "ingoing_traffic": 0,
-            "included_traffic": server_type["prices"][0]["included_traffic"],
-            "protection": {"delete": self.protected, "rebuild": self.protected},
-            "labels": dict(self.labels),
-            "volumes": [],
-            "load_balancers": [],
-            "primary_disk_size": server_type["disk"],
-            "placement_group": None,
-        }
-
-    def primary_ips(self) -> list[Json]:
-        """The two primary IPs that came with the server and go with it."""
-        return [
-            {
-                "id": row_id,
-                "name": f"primary_ip-{row_id}",
-                "type": family,
-                "ip": address,
-                "assignee_id": self.id,
-                "assignee_type": "server",
-                "auto_delete": True,
-                "blocked": False,
-                "dns_ptr": [],
-                "labels": {},
-                "protection": {"delete": False},
-                "location": by_id("locations", self.location),
-                "created": self.created,
-            }
-            for row_id, family, address in ((self.ipv4_id, "ipv4", self.ipv4), (self.ipv6_id, "ipv6", self.ipv6))
-        ]
 
 
 @dataclass
@@ -201,30 +157,46 @@ class ServerState:
     labels: dict[str, str]
 
 
-_BY_ID: Final = {kind: {row["id"]: row for row in rows} for kind, rows in CATALOGUE.items()}
+Record = SshKey | Firewall | Server | Network | Volume | PlacementGroup | PrimaryIp | Snapshot
 
-
-def by_id(kind: str, row_id: int) -> Json:
-    """A row of the catalogue."""
-    return _BY_ID[kind][row_id]
+RESOURCE_TYPES: Final[Mapping[type, str]] = {
+    SshKey: "ssh_key",
+    Firewall: "firewall",
+    Server: "server",
+    Network: "network",
+    Volume: "volume",
+    PlacementGroup: "placement_group",
+    PrimaryIp: "primary_ip",
+    Snapshot: "image",
+}
 
 
 @dataclass
 class State:
-    """All that survives a restart: the records by id, and the next free id of each kind."""
+    """All that survives a restart: the records by id, and the next free id of each kind. images are snapshots only."""
 
     ssh_keys: dict[int, SshKey] = field(default_factory=dict)
     firewalls: dict[int, Firewall] = field(default_factory=dict)
     servers: dict[int, Server] = field(default_factory=dict)
+    networks: dict[int, Network] = field(default_factory=dict)
+    volumes: dict[int, Volume] = field(default_factory=dict)
+    placement_groups: dict[int, PlacementGroup] = field(default_factory=dict)
+    primary_ips: dict[int, PrimaryIp] = field(default_factory=dict)
+    images: dict[int, Snapshot] = field(default_factory=dict)
     actions: dict[int, Action] = field(default_factory=dict)
     next_ids: dict[str, int] = field(default_factory=lambda: dict(FIRST_IDS))
 
-    def named(self, kind: str) -> Mapping[int, SshKey | Firewall | Server]:
-        """ssh_keys, firewalls or servers."""
-        tables: Mapping[str, Mapping[int, SshKey | Firewall | Server]] = {
+    def named(self, kind: str) -> Mapping[int, Record]:
+        """All records of a kind that clients can change; KeyError for another kind."""
+        tables: Mapping[str, Mapping[int, Record]] = {
             "ssh_keys": self.ssh_keys,
             "firewalls": self.firewalls,
             "servers": self.servers,
+            "networks": self.networks,
+            "volumes": self.volumes,
+            "placement_groups": self.placement_groups,
+            "primary_ips": self.primary_ips,
+            "images": self.images,
         }
         return tables[kind]
 
@@ -233,10 +205,36 @@ class State:
         self.next_ids[kind] = taken + 1
         return taken
 
-    def free_slot(self) -> int:
-        """The lowest address slot that no server has."""
-        taken = {server.slot for server in self.servers.values()}
+    def free_slot(self, *families: str) -> int:
+        """The lowest address slot of which these halves (ipv4, ipv6) are free."""
+        taken = {address.slot for address in self.primary_ips.values() if address.type in families}
         return next(slot for slot in range(len(taken) + 1) if slot not in taken)
+
+    def addresses(self, server: Server) -> tuple[PrimaryIp | None, PrimaryIp | None]:
+        """The server's public IPv4 and IPv6."""
+        ipv4 = None if server.ipv4 is None else self.primary_ips[server.ipv4]
+        ipv6 = None if server.ipv6 is None else self.primary_ips[server.ipv6]
+        return ipv4, ipv6
+
+    def image(self, image_id: int) -> Json | None:
+        """A system image or a snapshot; None for a snapshot that is gone."""
+        if image_id in self.images:
+            return self.images[image_id].view()
+        return find("images", image_id)
+
+    def forget_server(self, server: Server) -> None:
+        """Remove it and what goes with it; what stays is detached."""
+        del self.servers[server.id]
+        for firewall in self.firewalls.values():
+            firewall.servers = [server_id for server_id in firewall.servers if server_id != server.id]
+        for volume in self.volumes.values():
+            volume.server = None if volume.server == server.id else volume.server
+        for address in [address for address in self.primary_ips.values() if address.assignee == server.id]:
+            address.assignee = None
+            if address.auto_delete:
+                del self.primary_ips[address.id]
+        for image in [one for one in self.images.values() if one.type == "backup" and one.server == server.id]:
+            del self.images[image.id]
 
     def forget_old_actions(self) -> None:
         for action in list(self.actions.values())[:-ACTIONS_KEPT]:
@@ -244,18 +242,9 @@ class State:
                 del self.actions[action.id]
 
     def to_json(self) -> str:
-        tables = (self.ssh_keys, self.firewalls, self.servers, self.actions)
-        keys, firewalls, servers, actions = ([asdict(record) for record in table.values()] for table in tables)
-        return json.dumps(
-            {
-                "version": STATE_VERSION,
-                "nextIds": self.next_ids,
-                "sshKeys": keys,
-                "firewalls": firewalls,
-                "servers": servers,
-                "actions": actions,
-            }
-        )
+        # The records hold what JSON has and nothing else: their fields are written as they are.
+        tables = {kind: [vars(record) for record in getattr(self, kind).values()] for kind in _TABLES}
+        return json.dumps({"version": STATE_VERSION, "nextIds": self.next_ids, **tables})
 
     @classmethod
     def from_json(cls, text: str) -> State:
@@ -263,10 +252,20 @@ class State:
         stored = json.loads(text)
         if stored["version"] != STATE_VERSION:
             raise ValueError(f"version {stored['version']} is not {STATE_VERSION}")
-        return cls(
-            ssh_keys={row["id"]: SshKey(**row) for row in stored["sshKeys"]},
-            firewalls={row["id"]: Firewall(**row) for row in stored["firewalls"]},
-            servers={row["id"]: Server(**row) for row in stored["servers"]},
-            actions={row["id"]: Action(**row) for row in stored["actions"]},
-            next_ids=stored["nextIds"],
-        )
+        state = cls(next_ids=stored["nextIds"])
+        for kind, record in _TABLES.items():
+            getattr(state, kind).update({row["id"]: record(**row) for row in stored[kind]})
+        return state
+
+
+_TABLES: Final[Mapping[str, type]] = {
+    "ssh_keys": SshKey,
+    "firewalls": Firewall,
+    "servers": Server,
+    "networks": Network,
+    "volumes": Volume,
+    "placement_groups": PlacementGroup,
+    "primary_ips": PrimaryIp,
+    "images": Snapshot,
+    "actions": Action,
+}

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -22,90 +18,16 @@ from hcloud.locations import Location
 from hcloud.server_types import ServerType
 from hcloud.servers import Server
 
-from clawdlets_ops.lab.api import Emulator
-from clawdlets_ops.lab.cloud import BackendError, Cloud, LoopbackPool, Rule, StubBackend
+from clawdlets_ops.lab.cloud import BackendError, Rule, StubBackend
+from tests.contract.emulator_lab import KEY, TOKEN, Lab, Tofu, run, running_lab
 
 pytestmark = pytest.mark.contract
 
-TOKEN = ("canary" * 11)[:64]
-KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMFuYXJ5Y2FuYXJ5Y2FuYXJ5Y2FuYXJ5Y2FuYXJ5Y2Fu canary@lab\n"
 FINGERPRINT = "01:71:58:37:51:a5:75:1e:5d:c9:93:70:5e:16:03:6e"
-
-REPOSITORY = Path(__file__).parents[2]
-PROVIDER_VERSION = "1.68.0"
-PROVIDER_NAME = f"terraform-provider-hcloud_v{PROVIDER_VERSION}"
-# An address of the test's own: only the mirror can have it, so no run can ask a registry.
-PROVIDER_SOURCE = "lab.invalid/hetznercloud/hcloud"
 
 RESOURCES = ("hcloud_firewall.edge", "hcloud_server.alpha", "hcloud_ssh_key.operator")
 CREATE = {address: ["create"] for address in RESOURCES}
 NO_CHANGE = {address: ["no-op"] for address in RESOURCES}
-
-
-class Lab:
-    """A running emulator without machines, and what it wrote down."""
-
-    def __init__(self, folder: Path, backend: StubBackend) -> None:
-        self.backend = backend
-        self.cloud = Cloud(backend=backend, addresses=LoopbackPool(), state_file=folder / "cloud.json")
-        self._journal_file = folder / "journal.jsonl"
-        self.emulator = Emulator(self.cloud, token=TOKEN, journal_file=self._journal_file)
-
-    def environment(self) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        return kept | {
-            "HCLOUD_ENDPOINT": self.emulator.endpoint,
-            "HCLOUD_TOKEN": TOKEN,
-            "HCLOUD_CONFIG": "/dev/null",
-        }
-
-    def journal(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._journal_file.read_text().splitlines()]
-
-    @contextlib.contextmanager
-    def client(self) -> Iterator[Client]:
-        client = Client(TOKEN, api_endpoint=self.emulator.endpoint, poll_interval=0.01, timeout=10)
-        try:
-            yield client
-        finally:
-            client._client._session.close()
-
-
-@contextlib.contextmanager
-def running_lab(folder: Path, backend: StubBackend) -> Iterator[Lab]:
-    lab = Lab(folder, backend)
-    lab.emulator.start()
-    try:
-        yield lab
-    finally:
-        lab.emulator.stop()
-        lab.cloud.close()
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    with running_lab(tmp_path, StubBackend()) as running:
-        yield running
-
-
-@pytest.fixture
-def client(lab: Lab) -> Iterator[Client]:
-    with lab.client() as made:
-        yield made
-
-
-@pytest.fixture
-def hcloud_program() -> str:
-    program = shutil.which("hcloud")
-    if program is None:
-        pytest.skip("the hcloud CLI is missing (Debian package hcloud-cli)")
-    return program
-
-
-def run(argv: list[str], environment: Mapping[str, str], cwd: Path | None = None, expected: int = 0) -> str:
-    done = subprocess.run(argv, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == expected, f"{argv}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout if expected in (0, 2) else done.stderr
 
 
 def listed_by_cli(lab: Lab, program: str, kind: str) -> list[dict[str, Any]]:
@@ -185,8 +107,8 @@ class TestPythonHcloud:
 
     def test_more_than_one_page(self, client: Client) -> None:
         for index in range(51):
-            client.firewalls.create(name=f"edge-{index}")
-        assert len(client.firewalls.get_all()) == 51
+            client.placement_groups.create(name=f"spread-{index}", type="spread")
+        assert len(client.placement_groups.get_all()) == 51
 
     def test_errors_have_their_codes(self, client: Client, lab: Lab) -> None:
         client.ssh_keys.create(name="operator", public_key=KEY)
@@ -268,100 +190,49 @@ class TestHcloudCli:
         hcloud("server", "poweron", "alpha")
         hcloud("server", "rebuild", "alpha", "--image", "debian-13")
         assert "(resource_in_use)" in hcloud("firewall", "delete", "edge", expected=1)
-        assert "(not_implemented)" in hcloud("server", "enable-rescue", "alpha", expected=1)
+        assert "(not_implemented)" in hcloud("load-balancer", "list", expected=1)
         assert "(deprecated_api_endpoint)" in hcloud("datacenter", "list", expected=1)
         hcloud("server", "delete", "alpha")
         hcloud("firewall", "delete", "edge")
         hcloud("ssh-key", "delete", "operator")
 
 
-def _binary(variable: str, name: str) -> Path:
-    path = Path(os.environ.get(variable) or REPOSITORY / ".cache/tools/bin" / name)
-    if not path.is_file():
-        pytest.skip(f"{name} is missing: {variable} does not name it and the tools module has not built it")
-    return path
-
-
-class Tofu:
-    """A working directory with the real provider, offered through a filesystem mirror."""
-
-    def __init__(self, lab: Lab, folder: Path) -> None:
-        self._program = _binary("CLAWDLETS_TOFU_BIN", "tofu")
-        provider = _binary("CLAWDLETS_PROVIDER_BIN", PROVIDER_NAME)
-        mirror = folder / "mirror"
-        offered = mirror / PROVIDER_SOURCE / PROVIDER_VERSION / "linux_amd64"
-        offered.mkdir(parents=True)
-        (offered / PROVIDER_NAME).symlink_to(provider.resolve())
-        config = folder / "tofu.rc"
-        config.write_text(f'provider_installation {{\n  filesystem_mirror {{\n    path = "{mirror}"\n  }}\n}}\n')
-        self.folder = folder / "work"
-        self.folder.mkdir()
-        self._environment = lab.environment() | {
-            "TF_CLI_CONFIG_FILE": str(config),
-            "TF_IN_AUTOMATION": "1",
-            "CHECKPOINT_DISABLE": "1",
-        }
-
-    def write(self, *, networks: list[str], labels: dict[str, str]) -> None:
-        (self.folder / "main.tf.json").write_text(
-            json.dumps(
-                {
-                    "terraform": {
-                        "required_providers": {"hcloud": {"source": PROVIDER_SOURCE, "version": PROVIDER_VERSION}}
-                    },
-                    "provider": {"hcloud": {"poll_interval": "20ms", "poll_function": "constant"}},
-                    "resource": {
-                        "hcloud_ssh_key": {"operator": {"name": "operator", "public_key": KEY}},
-                        "hcloud_firewall": {
-                            "edge": {
-                                "name": "edge",
-                                "labels": labels,
-                                "rule": [
-                                    {"direction": "in", "protocol": "tcp", "port": "22", "source_ips": networks},
-                                    {"direction": "in", "protocol": "icmp", "source_ips": ["0.0.0.0/0", "::/0"]},
-                                    {"direction": "in", "protocol": "udp", "port": "any", "source_ips": ["::/0"]},
-                                ],
-                            }
-                        },
-                        "hcloud_server": {
-                            "alpha": {
-                                "name": "alpha",
-                                "server_type": "cx23",
-                                "image": "debian-12",
-                                "location": "fsn1",
-                                "ssh_keys": ["${hcloud_ssh_key.operator.id}"],
-                                "firewall_ids": ["${hcloud_firewall.edge.id}"],
-                                "user_data": "#cloud-config\n",
-                                "labels": labels,
-                            }
-                        },
-                    },
-                    "output": {"server_id": {"value": "${hcloud_server.alpha.id}"}},
+def write(tofu: Tofu, *, networks: list[str], labels: dict[str, str]) -> None:
+    """One key, one firewall and one server."""
+    tofu.write(
+        resource={
+            "hcloud_ssh_key": {"operator": {"name": "operator", "public_key": KEY}},
+            "hcloud_firewall": {
+                "edge": {
+                    "name": "edge",
+                    "labels": labels,
+                    "rule": [
+                        {"direction": "in", "protocol": "tcp", "port": "22", "source_ips": networks},
+                        {"direction": "in", "protocol": "icmp", "source_ips": ["0.0.0.0/0", "::/0"]},
+                        {"direction": "in", "protocol": "udp", "port": "any", "source_ips": ["::/0"]},
+                    ],
                 }
-            )
-        )
-
-    def __call__(self, *words: str, expected: int = 0) -> str:
-        return run([str(self._program), *words], self._environment, self.folder, expected)
-
-    def planned(self) -> dict[str, list[str]]:
-        """What a plan would do to each resource, from the plan's own JSON."""
-        self("plan", "-input=false", "-out=plan", "-no-color")
-        changes = json.loads(self("show", "-json", "plan"))["resource_changes"]
-        return {change["address"]: change["change"]["actions"] for change in changes}
-
-    def apply(self) -> None:
-        self("apply", "-auto-approve", "-input=false", "-no-color")
-
-
-@pytest.fixture
-def tofu(lab: Lab, tmp_path: Path) -> Tofu:
-    return Tofu(lab, tmp_path)
+            },
+            "hcloud_server": {
+                "alpha": {
+                    "name": "alpha",
+                    "server_type": "cx23",
+                    "image": "debian-12",
+                    "location": "fsn1",
+                    "ssh_keys": ["${hcloud_ssh_key.operator.id}"],
+                    "firewall_ids": ["${hcloud_firewall.edge.id}"],
+                    "user_data": "#cloud-config\n",
+                    "labels": labels,
+                }
+            },
+        },
+        output={"server_id": {"value": "${hcloud_server.alpha.id}"}},
+    )
 
 
 class TestProvider:
     def test_create_change_and_destroy_without_a_replacement(self, tofu: Tofu, lab: Lab) -> None:
-        tofu.write(networks=["10.0.0.0/8"], labels={"env": "lab"})
+        write(tofu, networks=["10.0.0.0/8"], labels={"env": "lab"})
         tofu("init", "-input=false", "-no-color")
         assert tofu.planned() == CREATE
         assert not any(entry["mutates"] for entry in lab.journal())
@@ -375,12 +246,12 @@ class TestProvider:
             Rule("in", "udp", "1-65535", ("::/0",), None),
         }
 
-        tofu.write(networks=["10.0.0.0/8", "2001:db8::/32"], labels={"env": "lab"})
+        write(tofu, networks=["10.0.0.0/8", "2001:db8::/32"], labels={"env": "lab"})
         assert tofu.planned() == {**NO_CHANGE, "hcloud_firewall.edge": ["update"]}
         tofu.apply()
         assert tofu.planned() == NO_CHANGE
 
-        tofu.write(networks=["10.0.0.0/8", "2001:db8::/32"], labels={"env": "prod"})
+        write(tofu, networks=["10.0.0.0/8", "2001:db8::/32"], labels={"env": "prod"})
         updates = {"hcloud_firewall.edge": ["update"], "hcloud_server.alpha": ["update"]}
         assert tofu.planned() == {**NO_CHANGE, **updates}
         tofu.apply()
@@ -395,7 +266,7 @@ class TestProvider:
         assert {entry["status"] for entry in lab.journal()} <= {200, 201, 204}
 
     def test_what_it_made_is_what_the_other_clients_list(self, tofu: Tofu, lab: Lab, hcloud_program: str) -> None:
-        tofu.write(networks=["10.0.0.0/8"], labels={"env": "lab"})
+        write(tofu, networks=["10.0.0.0/8"], labels={"env": "lab"})
         tofu("init", "-input=false", "-no-color")
         tofu.apply()
         [server] = listed_by_cli(lab, hcloud_program, "server")
@@ -410,7 +281,7 @@ class TestProvider:
         assert same_firewall.applied_to[0].server.id == same_server.id
 
     def test_a_server_that_vanished_is_made_again(self, tofu: Tofu, lab: Lab) -> None:
-        tofu.write(networks=["10.0.0.0/8"], labels={})
+        write(tofu, networks=["10.0.0.0/8"], labels={})
         tofu("init", "-input=false", "-no-color")
         tofu.apply()
         with lab.client() as client:
@@ -424,7 +295,7 @@ class TestProvider:
 
         with running_lab(tmp_path, Broken()) as lab:
             tofu = Tofu(lab, tmp_path)
-            tofu.write(networks=["10.0.0.0/8"], labels={})
+            write(tofu, networks=["10.0.0.0/8"], labels={})
             tofu("init", "-input=false", "-no-color")
             assert "the disk is full (no_space" in tofu(
                 "apply", "-auto-approve", "-input=false", "-no-color", expected=1

@@ -14,6 +14,7 @@ import pytest
 from clawdlets_ops.lab import grammar
 from clawdlets_ops.lab.api import Answer, Emulator, Request
 from clawdlets_ops.lab.cloud import ApiError, Cloud, LoopbackPool, StubBackend
+from clawdlets_ops.lab.ratelimit import Budget, Rate
 
 TOKEN = ("canary" * 11)[:64]
 ALPHA = {"name": "alpha", "server_type": "cx23", "image": "debian-13"}
@@ -87,7 +88,7 @@ class TestApi:
             ("PUT", "/v1/servers", (405, "method_not_allowed")),
             ("GET", "/v1/datacenters", (410, "deprecated_api_endpoint")),
             ("GET", "/v1/actions", (410, "deprecated_api_endpoint")),
-            ("GET", "/v1/networks?page=1", (501, "not_implemented")),
+            ("GET", "/v1/load_balancers?page=1", (501, "not_implemented")),
             ("GET", "/v1/servers?sort=colour", (422, "invalid_input")),
             ("GET", "/v1/servers?page=0", (422, "invalid_input")),
             ("GET", "/v1/servers?label_selector=%21", (422, "invalid_input")),
@@ -120,12 +121,13 @@ class TestApi:
 
     def test_pages_sort_and_filters(self, emulator: Emulator, cloud: Cloud) -> None:
         for index in range(60):
-            cloud.create("firewalls", {"name": f"edge-{index:02}", "labels": {"half": str(index % 2)}})
+            labels = {"half": str(index % 2)}
+            cloud.create("placement_groups", {"name": f"edge-{index:02}", "type": "spread", "labels": labels})
 
         def names(query: str) -> tuple[list[str], dict[str, Any]]:
-            answer = self.ask(emulator, "GET", f"/v1/firewalls{query}").payload
+            answer = self.ask(emulator, "GET", f"/v1/placement_groups{query}").payload
             assert isinstance(answer, dict)
-            return [row["name"] for row in answer["firewalls"]], answer["meta"]["pagination"]
+            return [row["name"] for row in answer["placement_groups"]], answer["meta"]["pagination"]
 
         first, pages = names("")
         assert (first[0], len(first)) == ("edge-00", 25)
@@ -178,6 +180,69 @@ class TestApi:
             "authKey": "canary-secret"
         }
         assert "canary-secret" not in journal_file.read_text()
+
+    def test_a_fault_replaces_the_handling_of_who_is_known_and_of_nothing_of_the_lab_s_own(self, cloud: Cloud) -> None:
+        asked: list[str] = []
+
+        def faults(request: Request) -> Answer | None:
+            asked.append(request.target)
+            return Answer(502, None, "ignored") if request.method == "POST" else None
+
+        routes = {("POST", "/lab/echo"): lambda body: dict(body)}
+        emulator = Emulator(cloud, token=TOKEN, journal_file=None, extra_routes=routes, faults=faults)
+        answer = self.ask(emulator, "POST", "/v1/servers", ALPHA)
+        assert (answer.status, answer.payload, answer.request_id != "ignored") == (502, None, True)
+        assert cloud.servers() == ()
+        assert self.ask(emulator, "GET", "/v1/servers").status == 200
+        assert self.ask(emulator, "POST", "/v1/servers", ALPHA, token="wrong").status == 401
+        assert self.ask(emulator, "POST", "/lab/echo", {"a": "b"}).status == 200
+        assert asked == ["/v1/servers", "/v1/servers"]
+
+    def test_the_budget_is_spent_by_requests_and_refilled_by_time(self, cloud: Cloud) -> None:
+        now = [1_000_000.0]
+        emulator = Emulator(cloud, token=TOKEN, journal_file=None, budget=Budget(3600, clock=lambda: now[0]))
+        for _ in range(3600):
+            answer = self.ask(emulator, "GET", "/v1/pricing")
+        assert (answer.status, answer.rate) == (200, Rate(3600, 0, 1_003_600))
+        assert self.code(self.ask(emulator, "GET", "/v1/pricing")) == (429, "rate_limit_exceeded")
+        assert self.ask(emulator, "GET", "/v1/pricing", token="wrong").status == 401
+        now[0] += 2.5
+        statuses = [self.ask(emulator, "GET", "/v1/pricing").status for _ in range(3)]
+        assert statuses == [200, 200, 429]
+        now[0] += 10_000
+        assert self.ask(emulator, "GET", "/v1/pricing").rate == Rate(3600, 3599, 1_010_004)
+
+    def test_datacenters_for_old_clients(self, cloud: Cloud) -> None:
+        emulator = Emulator(cloud, token=TOKEN, journal_file=None, datacenters=True)
+        listed = self.ask(emulator, "GET", "/v1/datacenters?name=nbg1-dc3").payload
+        assert isinstance(listed, dict)
+        [row] = listed["datacenters"]
+        assert row["location"]["name"] == "nbg1"
+        assert self.ask(emulator, "GET", f"/v1/datacenters/{row['id']}").payload == {"datacenter": row}
+        assert self.code(self.ask(emulator, "GET", "/v1/datacenters/99")) == (404, "not_found")
+
+    @pytest.mark.parametrize(
+        ("query", "status"),
+        [
+            ("type=cpu,disk&start=2026-11-22T10:00:00Z&end=2026-11-22T11:00:00Z&step=60", 200),
+            ("type=cpu&start=2026-11-22T10:00:00+00:00&end=2026-11-22T11:00:00+00:00", 200),
+            ("type=cpu&start=0001-01-01T00:00:00Z&end=9999-11-22T11:00:00Z&step=0.001", 200),
+            ("type=heat&start=2026-11-22T10:00:00Z&end=2026-11-22T11:00:00Z", 422),
+            ("type=cpu&start=2026-11-22T10:00:00Z&end=2026-11-22T10:00:00Z", 422),
+            ("type=cpu&start=noon&end=2026-11-22T10:00:00Z", 422),
+            ("type=cpu&start=2026-11-22T10:00:00Z&end=2026-11-22T11:00:00Z&step=nan", 422),
+            ("", 422),
+        ],
+    )
+    def test_metrics_have_a_bounded_number_of_points(
+        self, emulator: Emulator, cloud: Cloud, query: str, status: int
+    ) -> None:
+        cloud.create("servers", ALPHA)
+        answer = self.ask(emulator, "GET", f"/v1/servers/1001/metrics?{query}")
+        assert answer.status == status
+        if status == 200:
+            assert isinstance(answer.payload, dict)
+            assert 2 <= len(answer.payload["metrics"]["time_series"]["cpu"]["values"]) <= 501
 
     def test_the_journal_says_what_was_asked_and_changed_but_no_secret(
         self, emulator: Emulator, journal_file: Path, cloud: Cloud

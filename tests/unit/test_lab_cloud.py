@@ -159,7 +159,7 @@ class TestInput:
             ({"labels": {"-": ""}}, "invalid_input"),
             ({"ssh_keys": [7]}, "not_found"),
             ({"firewalls": [{"firewall": 7}]}, "not_found"),
-            ({"networks": [1]}, "not_implemented"),
+            ({"networks": [1]}, "not_found"),
         ],
     )
     def test_bad_servers_are_refused_and_nothing_is_made(self, cloud: Cloud, change: dict[str, Any], code: str) -> None:
