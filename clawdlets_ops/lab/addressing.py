@@ -16,7 +16,12 @@ operator, tailnet       100.64.N.1          fd7a:115c:a1e0:N::1
 member                  100.64.N.2          fd7a:115c:a1e0:N::2
 control, tailnet        100.64.N.3          fd7a:115c:a1e0:N::3   (port 4242)
 joined server           100.64.N.(10+S)     fd7a:115c:a1e0:N::(10+S)
+metadata service        169.254.169.254     none               (port 80)
+resolvers               185.12.64.1, .2     2a01:4ff:ff00::add:1, :2
 ======================  ==================  ============================
+
+The last two are in every lab's internet, for its servers alone: no route of the root namespace leads there. Nothing
+listens at the resolvers' addresses (they are Hetzner's): a question is refused at once.
 
 A server hangs on a routed point-to-point leg with the gateways 172.31.1.1 and fe80::1, as at Hetzner. The internet has
 no way out: a packet that is not for the lab ends there.
@@ -33,6 +38,9 @@ from clawdlets_ops.lab.backend import BackendError
 MAX_NUMBER: Final = 255
 CONTROL_PORT: Final = 4242
 JOIN_PORT: Final = 8080
+METADATA: Final = "169.254.169.254"
+METADATA_PORT: Final = 80
+RESOLVERS: Final = ("185.12.64.1", "185.12.64.2", "2a01:4ff:ff00::add:1", "2a01:4ff:ff00::add:2")
 
 _FIRST_KEY = 10  # below are the operator, the stranger, the member and the controls
 _LAST_KEY = 254
@@ -147,7 +155,7 @@ def plan_up(net: Addressing) -> list[Batch]:
     """The lab's networks without any server. The namespaces exist already."""
     (op4, op6), (out4, out6) = net.operator, net.outside(2)
     to_internet, to_tailnet = net.operator_legs
-    services = [*net.outside(3), net.outside(4)[0]]
+    services = [*net.outside(3), net.outside(4)[0], METADATA, *RESOLVERS]
     return [
         Batch(
             None,

@@ -44,8 +44,9 @@ T = TypeVar("T")
 class Network:
     """The networks of one lab; its methods may be called from any thread."""
 
-    def __init__(self, net: Addressing, runner: Runner) -> None:
+    def __init__(self, net: Addressing, runner: Runner, *, cut_established: bool = False) -> None:
         self.net = net
+        self.cut_established = cut_established
         self._runner = runner
         self._lock = threading.RLock()
         self._keys: dict[int, int] = {}
@@ -71,8 +72,12 @@ class Network:
         )
 
     def filter(self, edges: Mapping[int, tuple[Rule, ...] | None]) -> None:
-        """Put the cloud firewall of all servers into force, in one transaction."""
-        self._nft(self.net.internet_ns, render_cloud(edges))
+        """Put the cloud firewall of all servers into force, in one transaction.
+
+        With ``cut_established``, which may be set at any time and counts from the next call, flows that the new rules do
+        not let begin end.
+        """
+        self._nft(self.net.internet_ns, render_cloud(edges, cut_established=self.cut_established))
 
     def attach(self, server_id: int, key: int) -> None:
         """A fresh namespace for the server, with its internet leg. What an earlier boot left is removed first."""

@@ -1,18 +1,24 @@
-"""The lab's addresses, the nftables text of the cloud firewall, the disk switch and the claims: without any machine."""
+"""The lab's addresses, the nftables text, the disk, first boot, metadata and the claims: without any machine."""
 
 from __future__ import annotations
 
+import base64
+import gzip
 import os
+import subprocess
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
+import yaml
 
 from clawdlets_ops.errors import LabError
 from clawdlets_ops.fleet import load_fleet
+from clawdlets_ops.lab import first_boot, metadata
 from clawdlets_ops.lab.addressing import MAX_NUMBER, Addressing, plan_attach, plan_join, plan_up
-from clawdlets_ops.lab.backend import BackendError, Rule
-from clawdlets_ops.lab.disk import PROFILE, Disk
+from clawdlets_ops.lab.backend import BackendError, MachineSpec, Rule
+from clawdlets_ops.lab.disk import PROFILE, Disk, copy_tree
+from clawdlets_ops.lab.machine import Desired
 from clawdlets_ops.lab.packet_filter import render_cloud
 from clawdlets_ops.lab.processes import ProcessId
 from clawdlets_ops.lab.registry import LabRecord, claim_number, claimable, read_record, release_number
@@ -121,6 +127,26 @@ def test_inbound_is_dropped_as_soon_as_a_firewall_is_attached() -> None:
         assert "nd-neighbor-solicit" in chain(text, name)[1]
 
 
+def test_what_servers_need_always_passes_and_nobody_else_has_it() -> None:
+    out = Rule("out", "tcp", "443", ("0.0.0.0/0",), None)
+    text = render_cloud({1: (out,)})
+    always = chain(text, "out_1")[1:-2]
+    assert "ip daddr 169.254.169.254 tcp dport 80 return" in always
+    assert any("2a01:4ff:ff00::add:1" in line and "th dport 53 return" in line for line in always)
+    # DHCP from the gateway only: a stranger who sends from port 67 gets nothing through.
+    assert [line for line in chain(text, "in_1") if "67" in line] == [
+        "ip saddr 172.31.1.1 udp sport 67 udp dport 68 return"
+    ]
+    assert chain(text, "input")[1].startswith('iifname { "op", "out" } ip daddr { 169.254.169.254, ')
+
+
+def test_flows_go_on_unless_they_are_to_be_cut() -> None:
+    kept, cut = render_cloud({1: (SSH,)}), render_cloud({1: (SSH,)}, cut_established=True)
+    assert chain(kept, "in_1")[0] == "ct state established,related return"
+    assert chain(cut, "in_1")[:2] == ["ct state related return", "ct state established ct direction reply return"]
+    assert chain(cut, "in_1")[2:] == chain(kept, "in_1")[1:]
+
+
 def test_outbound_is_open_until_there_is_an_out_rule() -> None:
     out = Rule("out", "tcp", "443", ("0.0.0.0/0",), None)
     text = render_cloud({1: (SSH,), 2: (SSH, out)})
@@ -136,7 +162,7 @@ def test_rules_of_every_protocol() -> None:
         Rule("in", "gre", None, ("10.0.0.0/8", "10.1.0.0/16"), None),
         Rule("in", "esp", None, ("::/0",), None),
     )
-    assert chain(render_cloud({1: rules}), "in_1")[2:-1] == [
+    assert chain(render_cloud({1: rules}), "in_1")[3:-1] == [
         "ip saddr { 0.0.0.0/0 } udp dport 1024-5000 return",
         "ip6 saddr { ::/0 } udp dport 1024-5000 return",
         "ip saddr { 0.0.0.0/0 } meta l4proto icmp return",
@@ -192,6 +218,109 @@ def test_a_disk_is_not_switched_through_a_link_that_the_guest_made(tmp_path: Pat
     assert not disk.switch()
     assert (tmp_path / "elsewhere").is_dir()
     assert (disk.upper / "etc" / "old").exists()
+
+
+SPEC = MachineSpec(
+    7, "alpha", "198.18.17.10", "2001:2:0:110a::/64", "debian-12", ("ssh-ed25519 AAAA one",), "#!/bin/sh\n:\n"
+)
+
+
+def test_a_seed_follows_no_link_of_a_snapshot_and_keeps_its_keys(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "hostname").write_text("the operator's")
+    image = tmp_path / "image"
+    (image / "root/.ssh").mkdir(parents=True)
+    (image / "root/.ssh/authorized_keys").write_text("ssh-ed25519 BBBB two\nssh-ed25519 AAAA one\n")
+    (image / "etc").symlink_to(outside)
+    (image / "var").symlink_to(outside)
+    (image / "srv").mkdir()
+    (image / "srv/app").write_text("golden")
+    runner = LocalRunner(os.environ)
+    disk = Disk(tmp_path / "machine", tmp_path / "base", runner)
+    copy_tree(image, tmp_path / "copy", runner)
+    disk.make(tmp_path / "copy")
+    disk.seed(SPEC)
+    assert sorted(path.name for path in outside.iterdir()) == ["hostname"]
+    assert (outside / "hostname").read_text() == "the operator's"
+    assert (disk.upper / "etc/hostname").read_text() == "alpha\n"
+    assert (disk.upper / "srv/app").read_text() == "golden"
+    assert (disk.upper / "root/.ssh/authorized_keys").read_text().splitlines() == [
+        "ssh-ed25519 BBBB two",
+        "ssh-ed25519 AAAA one",
+    ]
+    first = (disk.upper / "etc/ssh/ssh_host_ed25519_key").read_text()
+    disk.seed(SPEC)  # again, over what is there
+    assert (disk.upper / "etc/ssh/ssh_host_ed25519_key").read_text() != first
+
+
+@pytest.mark.parametrize(
+    ("user_data", "reason"),
+    [
+        ("#cloud-config\n- a list\n", "not a mapping"),
+        ("#cloud-config\na: [\n", "#cloud-config"),
+        ("#cloud-config\nwrite_files: [{path: etc/relative}]\n", "not absolute"),
+        ("#cloud-config\nwrite_files: [{content: x}]\n", "no path"),
+        ("#cloud-config\nwrite_files: [{path: /x, permissions: 'u=rw'}]\n", "permissions"),
+        ("#cloud-config\nwrite_files: [{path: /x, encoding: rot13}]\n", "encoding"),
+        ("#cloud-config\nwrite_files: [{path: /x, encoding: gz+b64, content: AAAA}]\n", "write_files"),
+        ("#cloud-config\nruncmd: [{a: b}]\n", "neither text nor a list"),
+        ("#cloud-config\nruncmd: {a: b}\n", "not a list"),
+        ("Content-Type: multipart/mixed\n", "begins with"),
+        ("", "begins with"),
+    ],
+)
+def test_user_data_that_cannot_be_carried_out_says_why_at_boot(user_data: str, reason: str) -> None:
+    script = first_boot.script(user_data, 7)
+    said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert said.returncode == 1
+    assert reason in said.stderr
+
+
+def test_a_file_that_unpacks_to_more_than_a_disk_is_refused() -> None:
+    bomb = base64.b64encode(gzip.compress(bytes(16 * 1024 * 1024))).decode()
+    script = first_boot.script(f"#cloud-config\nwrite_files: [{{path: /x, encoding: gz+b64, content: {bomb}}}]\n", 7)
+    assert "too large" in script
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "it's", "$(touch canary)", "new\nline"])
+def test_names_and_content_reach_the_disk_as_they_are(tmp_path: Path, name: str) -> None:
+    user = f"{os.geteuid()}:{os.getegid()}"
+    path = str(tmp_path / "dir" / name)
+    content = "END-OF-CONTENT\n$HOME `id` \\ é\n"
+    entry = {"path": path, "content": content, "permissions": "0640", "owner": user}
+    again = {**entry, "content": "more", "append": True}
+    packed = {"path": f"{path}2", "owner": user, "encoding": "gz+b64", "permissions": 0o600}
+    packed["content"] = base64.b64encode(gzip.compress(b"\x00\xff")).decode()
+    script = first_boot.script("#cloud-config\n" + yaml.safe_dump({"write_files": [entry, again, packed]}), 7)
+    subprocess.run(["sh", "-c", script], check=True, cwd=tmp_path)
+    assert Path(path).read_text() == content + "more"
+    assert Path(path).stat().st_mode & 0o777 == 0o640
+    assert Path(f"{path}2").read_bytes() == b"\x00\xff"
+    assert Path(f"{path}2").stat().st_mode & 0o777 == 0o600
+    assert [found.name for found in tmp_path.iterdir()] == ["dir"]
+
+
+def test_the_metadata_are_what_a_data_source_reads() -> None:
+    document = yaml.safe_load(metadata.answer("/hetzner/v1/metadata", SPEC) or "")
+    assert {"availability-zone", "hostname", "instance-id", "public-ipv4", "local-ipv4", "region"} <= set(document)
+    assert {"public-keys", "network-config", "vendor_data"} <= set(document)
+    assert document["network-config"]["version"] == 1
+    for leaf in ("hostname", "instance-id", "public-ipv4", "private-networks", "availability-zone", "region"):
+        assert metadata.answer(f"/hetzner/v1/metadata/{leaf}", SPEC) is not None, leaf
+    assert metadata.answer("/hetzner/v1/userdata", SPEC) == SPEC.user_data
+    assert metadata.answer("/hetzner/v1/metadata/", SPEC) == metadata.answer("/hetzner/v1/metadata", SPEC)
+    for nothing in ("/", "/hetzner", "/hetzner/v1/metadata/hostname/x", "/hetzner/v1/metadata/../userdata"):
+        assert metadata.answer(nothing, SPEC) is None, nothing
+
+
+@pytest.mark.parametrize("rescue", [None, (), ("ssh-ed25519 AAAA one",)])
+def test_what_is_asked_of_a_machine_survives_the_daemon(tmp_path: Path, rescue: tuple[str, ...] | None) -> None:
+    for rules in (None, (), (SSH,)):
+        desired = Desired(SPEC, rules, powered=False, rescue=rescue)
+        desired.write(tmp_path / "machine.json")
+        assert Desired.read(tmp_path / "machine.json") == desired
+    assert (tmp_path / "machine.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_each_checkout_has_one_number(tmp_path: Path) -> None:
