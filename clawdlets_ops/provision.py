@@ -38,6 +38,8 @@ TAILSCALE_UDP_PORT = "41641"
 WORLD = ("0.0.0.0/0", "::/0")
 RULES_APPLIED_WITHIN_S = 60.0
 LOCK_WAIT_S = 600.0
+RUNNING = "running"
+ON_THE_WAY = ("initializing", "starting", "rebuilding", "migrating")
 
 # The provider sends no request when the last rule is removed (its issue 1482): a set is never empty. This rule lets
 # nothing in: 192.0.2.0/24 is not routed (RFC 5737).
@@ -113,6 +115,13 @@ def plan(
                 fix=f"give the host another name, or label that {what} {MANAGED_BY}={MANAGER},{HOST_LABEL}={host} if it is this host",
             )
     if server is not None:
+        if server.status not in (RUNNING, *ON_THE_WAY):
+            # Its creation may have failed, or somebody stopped it: neither is ours to decide, and it is never deleted here.
+            raise CloudError(
+                f"the server exists (id {server.id}), but is {server.status}",
+                where=f"hosts.{host}",
+                fix="look at its console; power it on, or, if it holds nothing, delete it there, and run again",
+            )
         for field, found_value, wanted in (
             ("serverType", server.server_type, declared.hetzner.server_type),
             ("location", server.location, declared.hetzner.location),
@@ -142,6 +151,8 @@ def plan(
         steps.append(f"attach the firewall {firewall.name} to {host}")
     elif server is not None and firewall is None:
         steps.append(f"attach the new firewall to {host}")
+    if server is not None and server.status != RUNNING:
+        steps.append(f"wait for the server, which is {server.status}")
     owned_key = key is None or is_ours(key.labels, host)
     adopt = {address: found.id for address, found in ((FIREWALL, firewall), (SERVER, server)) if found is not None}
     if key is not None and owned_key:
@@ -323,7 +334,7 @@ def _read_back(planned: ProvisionPlan, declared: Host, cloud: Cloud, poll_s: flo
             )
         if server.firewalls.get(firewall.id) != "applied":
             return None, f"the firewall is {server.firewalls.get(firewall.id, 'not attached')}"
-        if server.status != "running":
+        if server.status != RUNNING:
             return None, f"the server is {server.status}"
         return server, ""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import shlex
 import socket
 from collections.abc import Iterator
@@ -27,6 +28,12 @@ CONNECT_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 120.0
 LOOK_TIMEOUT_S = 3.0
 SSH_PORT = 22
+TRY_AGAIN = "run again; if it stays so, look at the network between here and there"
+
+# What paramiko says of a port that is not ready yet is a traceback a try; our own errors say it once, in a sentence.
+_WIRE = logging.getLogger("clawdlets_ops.wire")
+_WIRE.addHandler(logging.NullHandler())
+_WIRE.propagate = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Session:
         except CommandTimedOut:
             raise CommandTimeout(f"did not end within {timeout_s:g} s: {command}", where=str(self._target)) from None
         except (OSError, EOFError, paramiko.SSHException) as error:
-            raise UnreachableError(f"the connection broke ({error})", where=str(self._target)) from error
+            raise UnreachableError(f"the connection broke ({error})", where=str(self._target), fix=TRY_AGAIN) from error
         return Answer(result.exited, result.stdout, result.stderr)
 
     def check(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
@@ -115,6 +122,7 @@ def session(target: Target, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator
     )
     kind, body = target.pin.split()[:2]
     name = target.address if target.port == SSH_PORT else f"[{target.address}]:{target.port}"
+    connection.client.set_log_channel(_WIRE.name)
     connection.client.set_missing_host_key_policy(paramiko.RejectPolicy())
     connection.client.get_host_keys().add(name, kind, paramiko.PKey.from_type_string(kind, base64.b64decode(body)))
     try:
@@ -133,7 +141,7 @@ def session(target: Target, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator
                 fix="is this operator's key among the host's sshAuthorizedKeys?",
             ) from None
         except (OSError, EOFError, paramiko.SSHException) as error:
-            raise UnreachableError(f"no SSH session: {error}", where=str(target)) from error
+            raise UnreachableError(f"no SSH session: {error}", where=str(target), fix=TRY_AGAIN) from error
         yield Session(connection, target)
     finally:
         connection.close()
@@ -152,6 +160,7 @@ def presented_key(address: str, *, port: int = SSH_PORT, timeout_s: float = CONN
         return None
     try:
         transport = paramiko.Transport(stream)
+        transport.set_log_channel(_WIRE.name)
         transport.get_security_options().key_types = ("ssh-ed25519",)
         transport.start_client(timeout=timeout_s)
         key = transport.get_remote_server_key()
@@ -255,7 +264,7 @@ def _open(target: Target, timeout_s: float) -> socket.socket:
     try:
         stream = socket.create_connection((target.address, target.port), timeout=timeout_s)
     except OSError as error:
-        raise UnreachableError(f"no connection: {error}", where=str(target)) from None
+        raise UnreachableError(f"no connection: {error}", where=str(target), fix=TRY_AGAIN) from None
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # paramiko's small packets cost 40 ms each without it
     return stream
 

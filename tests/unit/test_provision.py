@@ -120,6 +120,18 @@ def test_a_difference_that_would_replace_or_stop_the_server_is_refused(changes: 
         planned(declared(), Observed(server(**changes), firewall(SSH_RULE, UDP_RULE), key()))
 
 
+@pytest.mark.parametrize("status", ["off", "unknown", "stopping", "deleting"])
+def test_a_server_that_is_not_up_is_not_taken_for_done_nor_touched(status: str) -> None:
+    with pytest.raises(CloudError, match=f"id 44.*but is {status}"):
+        planned(declared(), Observed(server(status=status), firewall(SSH_RULE, UDP_RULE), key()))
+
+
+@pytest.mark.parametrize("status", ["initializing", "starting"])
+def test_a_server_on_its_way_is_waited_for(status: str) -> None:
+    made = planned(declared(), Observed(server(status=status), firewall(SSH_RULE, UDP_RULE), key()))
+    assert made.steps == (f"wait for the server, which is {status}",)
+
+
 def test_a_detached_firewall_is_attached_again() -> None:
     made = planned(declared(), Observed(server(firewalls={}), firewall(SSH_RULE, UDP_RULE), key()))
     assert made.steps == ("attach the firewall alpha-edge to alpha",)
