@@ -1,4 +1,4 @@
-"""The lab's background process: the emulated cloud, its machines' watchers, the tailnet and the positive controls.
+"""The lab's background process: the emulated cloud, its machines' watchers, the tailnet, the controls and the faults.
 
 ``python -m clawdlets_ops.lab.daemon --lab-dir DIR`` returns when the lab answers (0) or could not come up (1, the reason on
 standard error); the process it leaves behind ends on SIGTERM. It takes nothing down: that is ``control.down``, which also
@@ -13,19 +13,21 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from clawdlets_ops.errors import ClawdletsError, LabError
 from clawdlets_ops.files import read_private
-from clawdlets_ops.lab.api import Emulator
 from clawdlets_ops.lab.backend import BackendError
 from clawdlets_ops.lab.cloud import Cloud
-from clawdlets_ops.lab.machines import Machines
-from clawdlets_ops.lab.network import Network
+from clawdlets_ops.lab.distance import FaultyNetwork
+from clawdlets_ops.lab.faults import ROUTE as FAULTS_ROUTE
+from clawdlets_ops.lab.faults import FaultyEmulator, parse_fault
+from clawdlets_ops.lab.grammar import ApiError
+from clawdlets_ops.lab.mishaps import FaultyMachines, Mishaps
 from clawdlets_ops.lab.processes import ProcessId
 from clawdlets_ops.lab.registry import LabRecord, read_record
 from clawdlets_ops.lab.tailnet import Listeners, Tailnet
@@ -36,6 +38,7 @@ from clawdlets_ops.sensitive import Secret
 log = logging.getLogger(__name__)
 
 READY = b"ready"
+CLOUD_READY_S = 30.0
 
 
 class Lab:
@@ -46,28 +49,42 @@ class Lab:
         runner = LocalRunner({"PATH": record.path, "LANG": "C.UTF-8"})
         token = read_private(folder / "token").strip()
         with ExitStack() as undo:
-            self.network = Network(record.net, runner)
+            self.network = FaultyNetwork(record.net, runner)
             self.network.up()
+            mishaps = Mishaps(self.network)
+            self.book = mishaps.book
             self.tailnet = Tailnet(self.network, Secret(read_private(folder / "tailnet_auth_key").strip()))
-            self.machines = Machines(
+            self.machines = mishaps.machines = FaultyMachines(
                 folder / "machines",
                 base=Layout(record.root).cache / "lab" / "base",
                 network=self.network,
+                book=self.book,
                 runner=runner,
                 path=record.path,
                 on_down=self.tailnet.left,
+                on_off=self._powered_off,
             )
             self._listeners = Listeners(self.network, self.tailnet)
             undo.callback(self._listeners.close)
+            undo.callback(self.machines.close)
+            self._cloud_ready = threading.Event()
             self.machines.resume()
             self.cloud = Cloud(backend=self.machines, addresses=record.net, state_file=folder / "cloud.json")
-            self._emulator = Emulator(
+            self._emulator = FaultyEmulator(
                 self.cloud,
+                book=self.book,
                 token=token,
                 journal_file=folder / "journal.jsonl",
                 port=urlsplit(record.endpoint).port or 0,
-                extra_routes={("GET", "/lab/tailnet"): self._tailnet, ("GET", "/lab/machines"): self._machines},
+                extra_routes={
+                    ("GET", "/lab/tailnet"): self._tailnet,
+                    ("GET", "/lab/machines"): self._machines,
+                    ("GET", FAULTS_ROUTE): self._faults,
+                    ("POST", FAULTS_ROUTE): self._inject,
+                    ("DELETE", FAULTS_ROUTE): self._clear,
+                },
             )
+            self._cloud_ready.set()
             self._serve()
             undo.pop_all()
 
@@ -78,7 +95,14 @@ class Lab:
     def close(self) -> None:
         """Stop answering; machines run on."""
         self._emulator.stop()
+        self.network.close_faults()
         self._listeners.close()
+        self.machines.close()
+
+    def _powered_off(self, server_id: int) -> None:
+        """A guest powered itself off: the cloud says so too, as soon as there is one."""
+        if self._cloud_ready.wait(timeout=CLOUD_READY_S):
+            self.cloud.mark_off(server_id)
 
     def _serve(self) -> None:
         try:
@@ -107,6 +131,30 @@ class Lab:
                 for state in self.machines.states()
             ]
         }
+
+    def _faults(self, _query: Mapping[str, object]) -> object:
+        return {"faults": [fault.to_json() for fault in self.book.all()]}
+
+    def _inject(self, body: Mapping[str, object]) -> object:
+        words = body.get("words")
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ApiError(422, "invalid_input", "words: must be a list of words")
+        with _refused():
+            return self.book.add(parse_fault(words)).to_json()
+
+    def _clear(self, body: Mapping[str, object]) -> object:
+        ident = body.get("id")
+        with _refused():
+            return {"cleared": self.book.clear(None if ident is None else str(ident))}
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """What the lab cannot do becomes the answer."""
+    try:
+        yield
+    except (ClawdletsError, BackendError, OSError) as error:
+        raise ApiError(422, "invalid_input", str(error)) from error
 
 
 def run(lab_dir: Path, report: Callable[[bytes], None]) -> int:

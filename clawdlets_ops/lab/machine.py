@@ -48,6 +48,7 @@ class Site:
     network: Network
     path: str
     on_down: Callable[[int], None]
+    on_off: Callable[[int], None]
 
 
 @dataclass
@@ -231,6 +232,7 @@ class Machine:
             with self._changed:
                 self.desired.powered = False
                 self.save()
+            self._site.on_off(self.server_id)
         except (ClawdletsError, BackendError, OSError) as error:
             log.exception("server %s", self.name)
             self._failure = error

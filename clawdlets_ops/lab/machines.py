@@ -47,7 +47,8 @@ class Machines:
     """The backend of the lab: MachineBackend, RescueBackend and SnapshotBackend.
 
     ``folder`` holds a folder per machine; ``base`` is the Debian they all start from. ``path`` is the search path for
-    systemd-nspawn. ``on_down`` is told the id of a machine that stops or reboots.
+    systemd-nspawn. ``on_down`` is told the id of a machine that stops or reboots,
+    ``on_off`` that of one that stays off.
     """
 
     def __init__(
@@ -59,13 +60,14 @@ class Machines:
         runner: Runner,
         path: str,
         on_down: Callable[[int], None],
+        on_off: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._folder = ensure_dir(folder)
         self._images = folder.with_name("images")
         self._base = base
         self._network = network
         self._runner = runner
-        self._site = Site(network, path, on_down)
+        self._site = Site(network, path, on_down, on_off)
         self._lock = threading.RLock()
         self._metadata: MetadataService | None = None
         self._machines: dict[int, Machine] = {}
