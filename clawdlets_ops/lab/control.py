@@ -1,23 +1,29 @@
-"""The lab's commands: up, status, down. Each may be run again at any time, also after the lab's process was killed.
+"""The lab's commands: up, status, down, reset. Each may be run again at any time, also after the lab's process was killed.
 
 ``up`` after such a death takes the leftovers away (processes, namespaces, mounts, never disks), makes the networks anew
-and boots the machines that were on again from their disks, at the same addresses and the same endpoint.
+and boots the machines that were on again from their disks, at the same addresses and the same endpoint. Besides: the way
+into a machine past its network, and what the lab has written down.
 """
 
 from __future__ import annotations
 
+import difflib
+import ipaddress
+import json
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from clawdlets_ops.errors import CommandError, LabError
 from clawdlets_ops.files import locked
 from clawdlets_ops.lab import workplace
-from clawdlets_ops.lab.client import LabClient
+from clawdlets_ops.lab.client import USER_AGENT, LabClient
 from clawdlets_ops.lab.doctor import require
 from clawdlets_ops.lab.machines import forget_nspawn
 from clawdlets_ops.lab.network import Network
@@ -29,6 +35,9 @@ from clawdlets_ops.process import Command, LocalRunner, Runner
 UP_TIMEOUT_S = 180.0
 GRACE_S = 3.0
 LOCK_WAIT_S = 60.0
+GUEST_PATH = "/run/current-system/sw/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+KEPT_BY_RESET = ("keys", "locks")
+BOUND_TO_LAB = "the lab"
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,17 @@ class LabServer:
     tailnet: tuple[str, ...]
     installed: bool
     leader_pid: int | None
+    server_id: int = 0
+
+    @property
+    def public_addresses(self) -> dict[int, str]:
+        """By address family."""
+        return {4: self.ipv4, 6: self.ipv6}
+
+    @property
+    def tailnet_addresses(self) -> dict[int, str]:
+        """By address family; empty while the machine is not on the tailnet."""
+        return {ipaddress.ip_address(address).version: address for address in self.tailnet}
 
 
 @dataclass(frozen=True)
@@ -107,8 +127,9 @@ def status(layout: Layout) -> LabStatus:
             tailnet=tuple(machines.get(server["id"], {}).get("tailnetAddresses", ())),
             installed=bool(machines.get(server["id"], {}).get("installed", False)),
             leader_pid=machines.get(server["id"], {}).get("leaderPid"),
+            server_id=server["id"],
         )
-        for server in client.get("/servers?per_page=50")["servers"]
+        for server in _all_servers(client)
     ]
     return LabStatus("up", record.number, record.endpoint, tuple(servers), vantages)
 
@@ -134,6 +155,105 @@ def down(layout: Layout, environ: Mapping[str, str]) -> None:
             if left := mounts_below(layout.lab):
                 raise LabError("is still mounted", where=str(left[0]), fix=f"umount {left[0]}; clawdlets lab down")
             shutil.rmtree(layout.lab)
+
+
+def reset(layout: Layout, environ: Mapping[str, str]) -> LabStatus:
+    """A lab as on the first day: down, all that this runtime dir knew of its machines forgotten, up again.
+
+    Only the operators' keys stay, and the repository's own files (``secrets/``), which belong to no machine. LabError when
+    the runtime dir is another environment's, before anything is touched.
+    """
+    layout = Layout(layout.root.resolve())
+    workplace.refuse_foreign(layout)
+    bound = layout.bound_to.read_text().strip() if layout.bound_to.exists() else BOUND_TO_LAB
+    if bound != BOUND_TO_LAB:
+        raise LabError(
+            f"this runtime dir belongs to {bound}, not to the lab",
+            where=str(layout.bound_to),
+            fix="use another checkout for the lab",
+        )
+    require(layout, environ)  # else it would be down and could not come up
+    down(layout, environ)
+    if layout.runtime.exists():
+        with _alone(layout):
+            for path in layout.runtime.iterdir():
+                if path.name in KEPT_BY_RESET:
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+    return up(layout, environ)
+
+
+def find_server(layout: Layout, name: str) -> LabServer:
+    """The server called ``name``; LabError when the lab is not up, or there is none (with the nearest name)."""
+    seen = status(layout)
+    if seen.state != "up":
+        raise LabError(f"the lab is {seen.state}", where=str(layout.root), fix="clawdlets lab up")
+    names = [server.name for server in seen.servers]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        raise LabError(
+            f"there is no machine {name!r} in the lab" + (f"; did you mean {near[0]!r}?" if near else ""),
+            where=seen.endpoint,
+            fix=f"there are: {', '.join(sorted(names))}" if names else "the lab has no machine yet: bootstrap a host",
+        )
+    return seen.servers[names.index(name)]
+
+
+def guest_argv(layout: Layout, name: str, argv: Sequence[str]) -> list[str]:
+    """The command line that runs ``argv`` in the machine ``name`` as root, past its network; LabError when it is off.
+
+    It enters the machine's control group first: what is still running there when the machine stops ends with it.
+    """
+    layout = Layout(layout.root.resolve())
+    server = find_server(layout, name)
+    if server.leader_pid is None:
+        raise LabError(
+            f"is {server.status}, and has nothing running to go into",
+            where=name,
+            fix=f"set -a; . {layout.env_file}; hcloud server poweron {name}",
+        )
+    record = read_record(layout.lab)
+    if record is None:
+        raise LabError("the lab's record is gone", where=str(layout.lab), fix="clawdlets lab up")
+    group = Group(f"{record.net.prefix}/m{server.server_id}/visitors")
+    group.make()
+    clean = ["env", "-i", f"PATH={GUEST_PATH}", "HOME=/root", "USER=root", "LANG=C.UTF-8", "TERM=xterm"]
+    return group.enter_argv(["nsenter", "-t", str(server.leader_pid), "-a", *clean, *argv])
+
+
+def console_log(layout: Layout, name: str) -> Path:
+    """Where the console of the machine ``name`` is written, over all its boots; LabError."""
+    return layout.lab / "machines" / str(find_server(layout, name).server_id) / "console.log"
+
+
+def log_file(layout: Layout, name: str) -> Path:
+    """``journal.jsonl`` (every API request) or ``daemon.log``, also of a dead lab; LabError when there is none."""
+    path = layout.lab / name
+    if not path.exists():
+        raise LabError("the lab is down and has written nothing", where=str(path), fix="clawdlets lab up")
+    return path
+
+
+def requests(layout: Layout, last: int | None = None) -> list[dict[str, Any]]:
+    """The API requests on record, oldest first; LabError when there is no record. With ``last`` only so many of the newest,
+    and none of those that the lab's own commands make."""
+    with log_file(layout, "journal.jsonl").open(encoding="utf-8") as lines:
+        if last is None:
+            return [json.loads(line) for line in lines]
+        own = f'"userAgent": "{USER_AGENT}"'
+        return [json.loads(line) for line in deque((line for line in lines if own not in line), maxlen=last)]
+
+
+def _all_servers(client: LabClient) -> list[dict[str, Any]]:
+    found, page = [], 1
+    while page:
+        answer = client.get(f"/servers?per_page=50&page={page}")
+        found += answer["servers"]
+        page = answer["meta"]["pagination"]["next_page"]
+    return found
 
 
 def _alone(layout: Layout) -> AbstractContextManager[int]:

@@ -26,6 +26,17 @@ PROGRAMS: Final = {
     "nsenter": "util-linux",
 }
 TOOLS: Final = ("tofu",)
+TIERS: Final[dict[str, dict[str, str]]] = {
+    "unit": {},
+    "contract": {"age-keygen": "age", "ssh-keygen": "openssh-client", "mkpasswd": "whois", "hcloud": "hcloud-cli"},
+    "integration": {
+        "git": "git",
+        "ssh": "openssh-client",
+        "sshd": "openssh-server",
+        "strace": "strace",
+        "nft": "nftables",
+    },
+}
 FREE_BYTES: Final = 2 * 1024**3
 INOTIFY_INSTANCES: Final = 2048
 
@@ -72,6 +83,28 @@ def doctor(layout: Layout, environ: Mapping[str, str]) -> list[Finding]:
     findings.append(Finding("LAB-10", State.PASS, f"inotify instances reach {INOTIFY_INSTANCES}", observed=observed))
     findings.append(_number(layout, LocalRunner(environ)))
     return findings
+
+
+def tiers(layout: Layout, environ: Mapping[str, str]) -> list[Finding]:
+    """Which tiers of the tests this machine can run whole; a missing program is NOT_APPLICABLE, its tests are skipped."""
+    path = f"{layout.cache / 'tools' / 'bin'}:{environ.get('PATH', '')}:/usr/sbin"
+    findings = []
+    for tier, programs in TIERS.items():
+        lacking = {name: package for name, package in programs.items() if shutil.which(name, path=path) is None}
+        fix = f"make setup (Debian packages {', '.join(sorted(set(lacking.values())))})"
+        findings.append(_tier(tier, f"{', '.join(lacking)} not found" if lacking else "", fix))
+    broken = [finding for finding in _essential(layout, environ) if finding.state is not State.PASS]
+    if not (layout.cache / "tools" / "mirror").is_dir():
+        broken.append(_finding("LAB-08", False, "the provider mirror is there", "not built", "make setup"))
+    missing = "; ".join(f"{finding.claim}: {finding.observed}" for finding in broken)
+    findings.append(_tier("lab", missing, "; ".join(dict.fromkeys(finding.fix for finding in broken))))
+    return findings
+
+
+def _tier(name: str, missing: str, fix: str) -> Finding:
+    observed = f"no: {missing}" if missing else "yes"
+    state = State.NOT_APPLICABLE if missing else State.PASS
+    return Finding("LAB-12", state, f"the {name} tests run here", observed=observed, fix=fix if missing else "")
 
 
 def _essential(layout: Layout, environ: Mapping[str, str]) -> list[Finding]:

@@ -1,12 +1,10 @@
-"""A project of its own with a lab of its own, driven by the commands that a person types."""
+"""A project of its own with a lab of its own (a Scenario), driven by the commands that a person types."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from clawdlets_ops.lab import control
+from clawdlets_ops.lab.scenario import Scenario, environment, lay_out
+from clawdlets_ops.layout import Layout
+
 ROOT = Path(__file__).parents[2]
-PROGRAMS = Path(sys.executable).parent
 COMMAND_TIMEOUT_S = 600
 
 
@@ -30,8 +31,7 @@ class LabProject:
         return self.root / ".clawdlets"
 
     def env(self) -> dict[str, str]:
-        keep = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TMPDIR") if key in os.environ}
-        return {**keep, "PATH": f"{PROGRAMS}:{keep['PATH']}", "USER": "olive", "NO_COLOR": "1", "COLUMNS": "200"}
+        return environment(os.environ)
 
     def popen(self, *argv: str, **more: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -56,7 +56,7 @@ class LabProject:
 
     def journal(self) -> list[dict[str, Any]]:
         """The emulator's request journal."""
-        return [json.loads(line) for line in (self.runtime / "lab" / "journal.jsonl").read_text().splitlines()]
+        return control.requests(Layout(self.root))
 
     def settings(self) -> dict[str, str]:
         lines = (self.runtime / "env").read_text().splitlines()
@@ -70,26 +70,13 @@ class LabProject:
 
 
 def make_project(root: Path) -> LabProject:
-    for name in ("fleet", "deploys", "inventory"):
-        shutil.copytree(ROOT / name, root / name)
-    (root / ".gitignore").write_text("/.clawdlets/\n/.cache\n")
-    (root / ".cache").symlink_to(ROOT / ".cache")
-    project = LabProject(root)
-    for words in (
-        ["init", "-q"],
-        ["add", "-A"],
-        ["-c", "user.name=t", "-c", "user.email=t@example", "commit", "-qm", "start"],
-    ):
-        subprocess.run(["git", "-C", str(root), *words], check=True, env=project.env())
-    return project
+    """A copy of this repository's fleet, deploys and inventory, with no lab yet."""
+    lay_out(root, ROOT, cache=ROOT / ".cache", environ=environment(os.environ))
+    return LabProject(root)
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabProject]:
     """A project whose lab is up; down again afterwards, whatever happened."""
-    made = make_project(tmp_path_factory.mktemp("project"))
-    try:
-        made.run("clawdlets", "lab", "up")
-        yield made
-    finally:
-        made.run("clawdlets", "lab", "down")
+    with Scenario(ROOT, folder=tmp_path_factory.mktemp("project"), environ=os.environ) as lab:
+        yield LabProject(lab.root)
