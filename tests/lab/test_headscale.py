@@ -1,0 +1,201 @@
+"""The tailnet of real programs: nodes join by key, reach each other through closed firewalls, and nobody outside is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from clawdlets_ops.lab.addressing import Addressing, Batch
+from clawdlets_ops.lab.headscale import Programs, RealTailnet, plan_nodes, render_operator, up_words
+from clawdlets_ops.lab.network import Network, in_namespace
+from clawdlets_ops.lab.processes import wait_until
+from clawdlets_ops.lab.registry import claim_number, release_number
+from clawdlets_ops.process import Background, Command, LocalRunner, Result, spawn
+from clawdlets_ops.sensitive import Secret
+from clawdlets_ops.tailnet import peers
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = Programs.find(ROOT / ".cache" / "tools")
+RUNNER = LocalRunner(os.environ)
+SERVER_ID = 7
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(PROGRAMS is None, reason="headscale and tailscaled are not built (tools/prepare tailnet)"),
+]
+
+GREET = """
+import socket, sys
+with socket.create_server((sys.argv[1], 22), family=socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET) as server:
+    while True:
+        connection, peer = server.accept()
+        connection.sendall(peer[0].encode())
+        connection.close()
+"""
+ASK = """
+import socket, sys
+with socket.create_connection((sys.argv[1], 22), timeout=3) as connection:
+    print(connection.recv(99).decode())
+"""
+
+
+def watch(net: Addressing) -> str:
+    """Keeps the addresses of what is for nobody of the lab, wherever it would leave."""
+    v4, v6 = ([str(n) for n in net.networks if n.version == version] for version in (4, 6))
+    return f"""table inet watch {{
+  set seen4 {{ type ipv4_addr; flags dynamic; size 64; }}
+  set seen6 {{ type ipv6_addr; flags dynamic; size 64; }}
+  chain look {{
+    ip daddr {{ 127.0.0.0/8, 172.31.1.0/30, {", ".join(v4)} }} return
+    ip6 daddr {{ ::1, fe80::/10, ff00::/8, {", ".join(v6)} }} return
+    ip daddr 224.0.0.0/4 return
+    ip daddr 100.100.100.100 return comment "every tailscaled's own service address: asked before tailscale0 has its route"
+    add @seen4 {{ ip daddr }}
+    add @seen6 {{ ip6 daddr }}
+  }}
+  chain leaving {{ type filter hook output priority 0; jump look; }}
+  chain passing {{ type filter hook prerouting priority 0; jump look; }}
+}}
+"""
+
+
+@dataclass
+class Tailnet:
+    network: Network
+    real: RealTailnet
+    folder: Path
+    children: list[Background]
+
+    def spawn(self, *argv: str | Path) -> Background:
+        namespace = self.network.net.machine_ns(SERVER_ID)
+        env = {"PATH": os.environ["PATH"], **self.real.node_environment()}
+        child = spawn(["ip", "netns", "exec", namespace, *argv], env=env, log_file=self.folder / "server.log")
+        self.children.append(child)
+        return child
+
+    def inside(self, *argv: str) -> Result:
+        assert PROGRAMS is not None
+        socket = f"--socket={self.folder / 'server.sock'}"
+        return RUNNER.run(Command([PROGRAMS.tailscale, socket, *argv], "ask the server's node"))
+
+    def join(self, key: Secret) -> Result:
+        (self.folder / "auth").write_text(key.reveal())
+        return self.inside(*up_words(self.network.net, "alpha", str(self.folder / "auth")))
+
+    def ask(self, namespace: str | None, address: str) -> str:
+        via = ["ip", "netns", "exec", namespace] if namespace else []
+        result = RUNNER.run(Command([*via, sys.executable, "-S", "-c", ASK, address], "connect", timeout_s=20))
+        return result.stdout.strip() if result.ok else result.tail().splitlines()[-1]
+
+
+def load(network: Network, batches: list[Batch]) -> None:
+    for batch in batches:
+        inside = ["-n", batch.namespace] if batch.namespace else []
+        RUNNER.run(Command(["ip", *inside, "-batch", "-"], "lay legs", stdin="\n".join(batch.lines) + "\n")).check()
+
+
+def nft(namespace: str, text: str) -> None:
+    RUNNER.run(Command(["ip", "netns", "exec", namespace, "nft", "-f", "-"], "load rules", stdin=text)).check()
+
+
+@pytest.fixture
+def tailnet(tmp_path: Path) -> Iterator[Tailnet]:
+    assert PROGRAMS is not None
+    number = claim_number(tmp_path, RUNNER)
+    network = Network(Addressing(number), RUNNER)
+    net = network.net
+    children: list[Background] = []
+    real = RealTailnet(net, PROGRAMS, tmp_path / "tailnet", RUNNER, path=os.environ["PATH"])
+    try:
+        network.up()
+        load(network, plan_nodes(net))
+        for name in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"):
+            in_namespace(net.tailnet_ns, lambda found=name: Path("/proc/sys", found).write_text("1"))  # type: ignore[misc]
+        nft(net.tailnet_ns, render_operator())
+        network.attach(SERVER_ID, 10)
+        network.filter({SERVER_ID: ()})
+        for namespace in (net.internet_ns, net.tailnet_ns, net.member_ns, net.machine_ns(SERVER_ID)):
+            nft(namespace, watch(net))
+        real.start()
+        yield Tailnet(network, real, tmp_path, children)
+    finally:
+        for child in children:
+            child.terminate()
+        real.stop()
+        network.sweep()
+        assert network.leftovers() == []
+        release_number(number, tmp_path)
+
+
+def test_a_machine_behind_a_closed_firewall_joins_and_is_reached_by_members_alone(tailnet: Tailnet) -> None:
+    assert PROGRAMS is not None
+    real, net = tailnet.real, tailnet.network.net
+    state = tailnet.folder / "server"
+    tailnet.spawn(
+        PROGRAMS.tailscaled, "--no-logs-no-support", "--tun=tailscale0", f"--statedir={state}", f"--state={state}/state",
+        f"--socket={tailnet.folder / 'server.sock'}",
+    )  # fmt: skip
+    assert wait_until(lambda: tailnet.inside("version", "--daemon").ok, timeout_s=10)
+
+    wrong = Secret(f"hskey-auth-canarycanary-{'canary00' * 8}")
+    refused = tailnet.join(wrong)
+    assert not refused.ok
+    assert "key" in refused.tail()
+    short = real.mint(expires_in_s=1)
+    over = datetime.now(UTC) + timedelta(seconds=1.1)
+    assert wait_until(lambda: datetime.now(UTC) > over, timeout_s=5)
+    assert "authkey expired" in tailnet.join(short).tail()
+    once = real.mint(reusable=False)
+    assert tailnet.join(once).ok
+
+    def joined() -> bool:
+        return any(peer.name == "alpha" and peer.online for peer in peers(real.status()))
+
+    assert wait_until(joined, timeout_s=20)
+    alpha = next(entry for entry in real.status()["Peer"].values() if entry["HostName"] == "alpha")
+    assert alpha["Tags"] == ["tag:clawdlets"]
+    assert real.addresses("alpha") == tuple(alpha["TailscaleIPs"])
+    found = next(peer for peer in peers(real.status()) if peer.name == "alpha")
+    assert found.key_expiry is None
+
+    for address in alpha["TailscaleIPs"]:
+        tailnet.spawn(sys.executable, "-S", "-c", GREET, address)
+    family = {6 if ":" in text else 4: text for text in alpha["TailscaleIPs"]}
+    own, member = real.status()["Self"]["TailscaleIPs"], net.tailnet(2)
+    for version, mine, theirs in ((4, own[0], member[0]), (6, own[1], member[1])):
+        assert wait_until(lambda v=version, m=mine: tailnet.ask(None, family[v]) == m, timeout_s=20)  # type: ignore[misc]
+        assert tailnet.ask(net.member_ns, family[version]) == theirs
+        assert "Error" in tailnet.ask(net.stranger_ns, family[version])
+    assert "Error" in tailnet.ask(None, net.server(10)[0])
+
+    later = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
+    real.expire("alpha", later)
+    assert wait_until(
+        lambda: next(peer.key_expiry for peer in peers(real.status()) if peer.name == "alpha") == later, timeout_s=10
+    )
+    real.expire("alpha")
+    assert wait_until(
+        lambda: any(e.get("Expired") for e in real.status()["Peer"].values() if e["HostName"] == "alpha"), timeout_s=10
+    )
+
+    for namespace in (net.internet_ns, net.tailnet_ns, net.member_ns, net.machine_ns(SERVER_ID)):
+        argv = ["ip", "netns", "exec", namespace, "nft", "list", "table", "inet", "watch"]
+        assert re.findall(r"elements = .*", RUNNER.run(Command(argv, "read strays")).check().stdout) == [], namespace
+
+
+def test_a_tailnet_that_is_started_again_knows_its_nodes(tailnet: Tailnet) -> None:
+    before = {(node["given_name"], node["node_key"]) for node in tailnet.real.nodes()}
+    assert {name for name, _ in before} == {"operator", "member"}
+    tailnet.real.start()
+    assert {(node["given_name"], node["node_key"]) for node in tailnet.real.nodes()} == before
+    assert tailnet.real.status()["BackendState"] == "Running"
+    assert json.dumps(tailnet.real.status()).count("100.64.") > 0
