@@ -26,6 +26,7 @@ from clawdlets_ops.errors import CommandError, LabError
 from clawdlets_ops.finding import Finding
 from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.lab import control
+from clawdlets_ops.lab.faults import inject, parse_fault
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import Command, LocalRunner, Result
 from clawdlets_ops.project import Project, load_project
@@ -121,7 +122,8 @@ class Scenario:
     ``fleet`` and ``hosts`` are as in ``lay_out``. ``folder``: where the project goes; then it stays, with its reports, and
     only the lab goes. ``cache``: default is ``.cache`` of the project that ``fleet`` is, else of the current directory.
     ``programs``: the folder of ``clawdlets`` and ``pyinfra``. ``environ``: where PATH, HOME and locale come from;
-    pass ``os.environ`` when something that is needed is not on the system's usual search path.
+    pass ``os.environ`` when something that is needed is not on the system's usual search path. ``faults``: what is to go
+    wrong from the start, in the words of ``clawdlets lab fault add``; LabError for words that make no sense.
     """
 
     def __init__(
@@ -133,7 +135,9 @@ class Scenario:
         cache: Path | None = None,
         programs: Path | None = None,
         environ: Mapping[str, str] | None = None,
+        faults: Collection[str] = (),
     ) -> None:
+        self._faults = [parse_fault(words.split()) for words in faults]
         self._fleet = fleet
         self._hosts = hosts
         self._folder = folder
@@ -153,6 +157,8 @@ class Scenario:
             self._shell.setdefault("HOME", str(self._root.parent))
             lay_out(self._root, self._fleet, cache=self._cache, environ=self._shell, hosts=self._hosts)
             control.up(self.layout, self._shell)
+            for fault in self._faults:
+                inject(self.layout, fault)
         except BaseException:
             self._take_down()
             raise

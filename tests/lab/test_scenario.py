@@ -145,6 +145,16 @@ class TestOneHost:
         assert lab.reach("stranger", "alpha", 4) == "no"
 
 
+def test_what_is_to_go_wrong_goes_wrong_from_the_start(tmp_path: Path) -> None:
+    with Scenario(
+        ROOT, folder=tmp_path / "p", environ=os.environ, faults=["answer locked POST /servers times=1"]
+    ) as lab:
+        lab.deploy("payload")
+        with pytest.raises(CommandError, match="locked"):
+            lab.deploy("provision")
+        assert lab.deploy("provision").changed == 1
+
+
 def test_it_is_taken_down_whatever_happened() -> None:
     roots = []
 
@@ -168,6 +178,8 @@ def test_it_is_taken_down_whatever_happened() -> None:
 def test_a_scenario_that_cannot_be_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FleetError, match="did you mean 'alpha'"):
         Scenario(fleet_of("alpha"), hosts=["alpa"], folder=tmp_path / "a", cache=ROOT / ".cache", environ=os.environ).__enter__()  # fmt: skip
+    with pytest.raises(LabError, match="never-boot"):
+        Scenario(ROOT, environ=os.environ, faults=["never-boot alpha"])
     with pytest.raises(LabError, match="the base image is there"):
         Scenario(ROOT, folder=tmp_path / "b", cache=tmp_path / "empty", environ=os.environ).__enter__()
     assert control.status(Layout(tmp_path / "b")).state == "down"
