@@ -29,6 +29,8 @@ SCHEMA_VERSION = 1
 # RFC 1123 label, as systemd and Hetzner take it: at most 63 characters, letters, digits and inner dashes.
 HostName = Annotated[str, StringConstraints(pattern=r"^[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
 SecretName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
+# As the operator's name is made from the login name; it names files.
+OperatorName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_][a-z0-9_-]{0,62}$")]
 UnixName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_-]{0,30}$")]
 DomainName = Annotated[
     str, StringConstraints(pattern=r"^\.?(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$")
@@ -36,6 +38,9 @@ DomainName = Annotated[
 
 # [user@]address of the tailnet; it never begins with a dash, which a program could take for an option.
 TARGET_HOST = r"^(?:[a-z_][a-z0-9_-]*@)?[A-Za-z0-9][A-Za-z0-9.:-]*$"
+
+# Bech32 of 32 bytes after the prefix; its checksum is looked at where the key is used.
+AGE_RECIPIENT = r"age1[02-9ac-hj-np-z]{58}"
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -180,11 +185,42 @@ class Host(_Model):
         return self
 
 
+class Operator(_Model):
+    """Who may read every secret of the fleet: the public half of an age key (X25519)."""
+
+    age_recipient: str
+
+    @field_validator("age_recipient")
+    @classmethod
+    def _is_public(cls, value: str) -> str:
+        if value.upper().startswith("AGE-SECRET-KEY-"):
+            raise ValueError("this is a private key: take it out of the file and replace the key pair")
+        if not re.fullmatch(AGE_RECIPIENT, value):
+            raise ValueError("an age recipient is age1 and 58 small letters and digits; see secrets operator add")
+        return value
+
+
 class Fleet(_Model):
-    """The whole file."""
+    """The whole file. ``operators``, when given, is the whole truth of who reads secrets besides the hosts; without it,
+    every public key under ``secrets/keys/operators`` is a reader."""
 
     schema_version: Literal[1]
     hosts: Annotated[dict[HostName, Host], Field(min_length=1)]
+    operators: dict[OperatorName, Operator] = Field(default_factory=dict)
+
+    @field_validator("operators")
+    @classmethod
+    def _somebody_and_each_once(cls, values: dict[str, Operator]) -> dict[str, Operator]:
+        if not values:
+            raise ValueError("declares nobody, and nobody could read a secret; name an operator, or leave the key out")
+        names: dict[str, str] = {}
+        for name, operator in values.items():
+            first = names.setdefault(operator.age_recipient, name)
+            if first != name:
+                raise ValueError(
+                    f"{first} and {name} have the same ageRecipient; every operator has a key of their own"
+                )
+        return values
 
     def host(self, name: str) -> Host:
         """The host called ``name``; FleetError with the nearest name when there is none."""

@@ -11,9 +11,12 @@ from typing import Any, Literal
 
 from clawdlets_ops.errors import SecretsError
 from clawdlets_ops.fleet import Host, SecretWiring
+from clawdlets_ops.mkpasswd import is_crypt_hash
 from clawdlets_ops.sensitive import Secret
 
 HASH_SUFFIX = "_hash"
+
+MAX_VALUE_BYTES = 1 << 20
 
 _PLACEHOLDER = re.compile(
     r"\s*|\s*<[^<>]*>\s*|(?:change|fill|replace|insert)[-_ ]?me(?:[^a-z].*)?|(?:todo|fixme|tbd|placeholder)\b.*|x{4,}",
@@ -53,6 +56,19 @@ def needs(host_name: str, host: Host) -> tuple[Need, ...]:
     return tuple(found)
 
 
+def read_value(raw: bytes, name: str) -> Secret:
+    """The value in ``raw``, UTF-8, at most 1 MiB; SecretsError. The newline after a single line is not part of it."""
+    if len(raw.removesuffix(b"\n")) > MAX_VALUE_BYTES:
+        raise SecretsError(
+            f"is larger than {MAX_VALUE_BYTES} bytes", where=name, fix="a secret is a key, not an archive"
+        )
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        raise SecretsError("is not UTF-8 text", where=name, fix="encode it, in base64 for instance") from None
+    return Secret(text.removesuffix("\n").removesuffix("\r") if text.count("\n") == 1 else text, name)
+
+
 def is_placeholder(value: str) -> bool:
     """True for what people and templates leave where a value belongs: nothing, ``<…>``, CHANGEME, FILL_ME, TODO."""
     return _PLACEHOLDER.fullmatch(value) is not None
@@ -84,6 +100,8 @@ def value_faults(needed: Iterable[Need], values: Mapping[str, Secret]) -> list[s
             faults.append(f"{name}: {known[name].name} is given too; give one of the two")
         if is_placeholder(value.reveal()):
             faults.append(f"{name}: is empty or still a placeholder")
+        if len(value.reveal().encode(errors="surrogatepass")) > MAX_VALUE_BYTES:
+            faults.append(f"{name}: is larger than {MAX_VALUE_BYTES} bytes")
         if _UNWRITABLE.search(value.reveal()):
             faults.append(f"{name}: holds a NUL or half a surrogate pair, which no file can hold as text")
     return faults
@@ -115,6 +133,15 @@ def parse_values(text: str, host: str, *, where: str, declared: Collection[str] 
     return {name: Secret(value, name) for name, value in raw.items()}
 
 
+def value_fault(need: Need, value: Secret) -> str | None:
+    """Why ``value`` cannot be used for ``need``, or None."""
+    if is_placeholder(value.reveal()):
+        return "is empty or still a placeholder"
+    if need.kind == "password-hash" and not is_crypt_hash(value.reveal()):
+        return "is no password hash"
+    return None
+
+
 def sops_config(hosts: Mapping[str, str], operators: Collection[str]) -> str:
     """The text of ``secrets/.sops.yaml``: ``hosts`` maps each host to its recipient, ``operators`` read everything.
 
@@ -122,7 +149,7 @@ def sops_config(hosts: Mapping[str, str], operators: Collection[str]) -> str:
     rule for any other file, so sops refuses to encrypt one. Our own code never reads it.
     """
     lines = [
-        "# Written by secrets init from the declared hosts and operators. Run sops inside this folder.",
+        "# Written by clawdlets secrets from the declared hosts and operators. Run sops inside this folder.",
         "creation_rules:",
     ]
     for host, recipient in sorted(hosts.items()):

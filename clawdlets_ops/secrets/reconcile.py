@@ -1,360 +1,231 @@
-"""What has to be written so that a host's keys and secrets in the repository are what the fleet declares.
+"""What has to be written so that every file is for exactly the declared readers, and none is there that nobody needs.
+
+A file whose readers change is encrypted anew, whole: a new data key, not ``sops updatekeys``, which keeps the data key
+and only wraps it for others. Whoever was taken off the list has seen the old data key, and with it could open every later
+version of the file; the new one they have never seen. The cost is the same, one sops process to open and one to close.
+Adding a reader does the same, so that there is one way and not two.
 
 Reads the repository and decides; writes nothing. Every fault is found here, before the first write.
 """
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import difflib
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-from clawdlets_ops import age, hostkey
-from clawdlets_ops.age import Identity
-from clawdlets_ops.errors import SecretsError, UnreadableError
+from clawdlets_ops import age
+from clawdlets_ops.errors import SecretsError
 from clawdlets_ops.files import PRIVATE_FILE
-from clawdlets_ops.layout import Layout
-from clawdlets_ops.mkpasswd import Mkpasswd, check_password, is_crypt_hash
+from clawdlets_ops.mkpasswd import Mkpasswd
 from clawdlets_ops.process import Runner
 from clawdlets_ops.project import Project
-from clawdlets_ops.secrets.plan import Need, is_placeholder, needs, sops_config, value_faults
-from clawdlets_ops.secrets.seen import Entry, Seen, load_seen
+from clawdlets_ops.secrets.init import check_values, operator_targets, secrets_of
+from clawdlets_ops.secrets.keypairs import KeyPair, age_pair, kept_if_any, ssh_pair
+from clawdlets_ops.secrets.observe import hosts_that_left, look, need_files, unneeded
+from clawdlets_ops.secrets.plan import Need, input_names, needs, sops_config, value_fault
+from clawdlets_ops.secrets.seen import Entry
 from clawdlets_ops.secrets.vault import (
-    AGE_PUBLIC,
-    AGE_SECRET,
-    SSH_SECRET,
-    Plaintext,
-    Sealed,
+    OPERATOR_SUFFIX,
     declared_host,
-    declared_operators,
-    declared_pin,
     find_operator_identity,
-    host_recipient_file,
-    identity_in,
-    open_all,
+    operators_of,
     raise_faults,
     read_all,
     single,
 )
+from clawdlets_ops.secrets.view import PUBLIC_FILE, Plan, Record, Target, View
 from clawdlets_ops.sensitive import Secret
-from clawdlets_ops.sops import Sops, find_sops
-
-PUBLIC_FILE = 0o644
 
 
-@dataclass(frozen=True)
-class Target:
-    """A file as it is to be: either its ``content`` is known, or ``plaintext`` is to be encrypted to ``recipients``.
+def plan_reconcile(
+    project: Project,
+    hosts: Collection[str] = (),
+    *,
+    runner: Runner,
+    anew: bool = False,
+    without: str | None = None,
+) -> Plan:
+    """Bring the readers of every file to the declared ones; for ``hosts`` only, when some are named.
 
-    ``entry`` is what to remember of an encrypted file; its ``cipher`` is filled in once the file's text exists.
-    """
-
-    path: Path
-    mode: int
-    content: str | Secret | None = field(default=None, repr=False)
-    plaintext: Plaintext = field(default_factory=dict)
-    recipients: frozenset[str] = frozenset()
-    entry: Entry | None = None
-
-    def status(self) -> Literal["created", "updated", "unchanged"]:
-        """What writing it would be now."""
-        if not self.path.exists():
-            return "created"
-        if self.content is None or stat.S_IMODE(self.path.lstat().st_mode) != self.mode:
-            return "updated"
-        content = self.content.reveal() if isinstance(self.content, Secret) else self.content
-        return "unchanged" if self.path.read_bytes() == content.encode() else "updated"
-
-
-@dataclass(frozen=True)
-class InitPlan:
-    """``targets`` in the order of writing: private halves before public ones. ``stale`` files are only reported."""
-
-    targets: tuple[Target, ...]
-    stale: tuple[Path, ...]
-    seen: Seen
-    state_file: Path
-
-
-@dataclass(frozen=True)
-class _View:
-    """What one reading of the repository has shown. ``opened`` grows as files have to be decrypted."""
-
-    layout: Layout
-    host: str
-    sops: Sops
-    seen: Seen
-    operator: Identity
-    operators: frozenset[str]
-    found: Mapping[Path, Sealed]
-    opened: dict[Path, Plaintext] = field(default_factory=dict)
-
-    def entry(self, path: Path) -> Entry | None:
-        """What is known of the file without decrypting it."""
-        sealed = self.found.get(path)
-        return self.seen.entry(self.layout_name(path), sealed.text) if sealed else None
-
-    def layout_name(self, path: Path) -> str:
-        """``path`` relative to the project."""
-        return path.relative_to(self.layout.root).as_posix()
-
-    def settled(self, path: Path, readers: frozenset[str]) -> bool:
-        """Whether nothing of ``path`` has to be decrypted: absent, or as last seen and for the declared readers."""
-        sealed = self.found.get(path)
-        return sealed is None or (sealed.recipients == readers and self.entry(path) is not None)
-
-    def open(self, paths: list[Path]) -> None:
-        """Decrypt ``paths`` into ``opened``; one error for all that cannot be."""
-        opened, faults = open_all(self.sops, [self.found[path] for path in paths], self.operator)
-        raise_faults(faults)
-        self.opened.update(opened)
-
-    def kept(self, sealed: Sealed, readers: frozenset[str], entry: Entry) -> Target:
-        """The file with the value it has, encrypted anew when its readers are not the declared ones."""
-        if sealed.recipients == readers:
-            return Target(sealed.path, PRIVATE_FILE, sealed.text, entry=entry)
-        return Target(sealed.path, PRIVATE_FILE, plaintext=self.opened[sealed.path], recipients=readers, entry=entry)
-
-
-@dataclass(frozen=True)
-class _KeyPair:
-    """A key pair of the host: the private half in ``file``, encrypted to the operators, the public one beside it."""
-
-    file: Path
-    public_file: Path
-    declared: str | None
-    make: Callable[[], Plaintext]
-    public_in: Callable[[Sealed, Plaintext], str]
-    comment: str = ""
-
-
-def reconcile(project: Project, host: str, values: Mapping[str, Secret], *, runner: Runner) -> InitPlan:
-    """Compare what is there with what is declared and given; SecretsError, UnreadableError, ToolMissingError.
-
-    sops runs only for files of which the record of last time says nothing, two processes at a time.
+    ``anew`` encrypts every file again even so; ``without`` leaves out an operator whose key is about to be removed.
+    UnreadableError names every file that has to change and cannot be opened by the running operator.
     """
     layout = project.layout
-    needed = needs(host, project.fleet.host(host))
-    _check_values(needed, values, host)
-    state_file = layout.state_file(f"secrets-{host}")
-    existing = find_operator_identity(project)
-    operator = existing or age.generate()
-    need_files = {layout.secret_file(host, need.name): need for need in needed}
-    key_files = [layout.host_age_key_file(host), layout.host_ssh_key_file(host)]
-    found, faults = read_all([*key_files, *need_files])
-    raise_faults([*faults, *_not_ours(project, operator, found)])
-    view = _View(
-        layout,
-        host,
-        Sops(runner, find_sops(runner)),
-        load_seen(state_file),
-        operator,
-        declared_operators(layout) | {operator.recipient},
-        found,
-    )
-    view.open([path for path in key_files if not view.settled(path, view.operators)])
-    host_recipient, age_targets = _key_pair(view, _age_pair(view), _foreign_readers(view, need_files))
-    _, ssh_targets = _key_pair(view, _ssh_pair(view), None)
-    readers = view.operators | {host_recipient}
-    view.open([path for path, need in need_files.items() if not _decided(view, path, need, values, readers)])
-    secret_targets = _secrets(view, need_files, values, readers, Mkpasswd(runner))
-
-    others = {name: declared_host(layout, name) for name in project.fleet.hosts if name != host}
-    hosts = {name: recipient for name, recipient in others.items() if recipient} | {host: host_recipient}
-    public = layout.operator_recipients_dir / f"{project.operator}.age.pub"
-    targets = [
-        Target(public, PUBLIC_FILE, f"{operator.recipient}\n"),
-        *age_targets,
-        *ssh_targets,
-        Target(layout.sops_config, PUBLIC_FILE, sops_config(hosts, view.operators)),
-        *secret_targets,
-    ]
-    if existing is None:
-        targets.insert(0, Target(layout.operator_key(project.operator), PRIVATE_FILE, age.to_key_file(operator)))
-    stale = sorted(set(layout.host_secrets_dir(host).glob("*.yaml")) - set(need_files))
-    return InitPlan(tuple(targets), tuple(stale), view.seen, state_file)
-
-
-def _check_values(needed: tuple[Need, ...], values: Mapping[str, Secret], host: str) -> None:
-    faults = value_faults(needed, values)
-    for need in needed:
-        given = values.get(need.name)
-        if need.password_name and given and not is_placeholder(given.reveal()) and not is_crypt_hash(given.reveal()):
-            faults.append(f"{need.name}: is no password hash ($y$, $gy$, $7$, $6$ or $2b$); is it the password itself?")
-        password = values.get(need.password_name) if need.password_name else None
-        if password:
-            try:
-                check_password(password)
-            except SecretsError as error:
-                faults.append(f"{need.password_name}: {error.what}")
-    if faults:
+    for host in hosts:
+        project.fleet.host(host)
+    operators = {name: recipient for name, recipient in operators_of(project).items() if name != without}
+    if not operators:
         raise SecretsError(
-            "\n".join([f"the values for {host} are not acceptable; nothing was written:", *(f"  {x}" for x in faults)]),
-            fix="correct the values and run again",
+            "no operator would be left who can read anything",
+            where=str(layout.operator_recipients_dir),
+            fix="add another operator first (clawdlets secrets operator add), or make the first with secrets init",
         )
-
-
-def _not_ours(project: Project, operator: Identity, found: Mapping[Path, Sealed]) -> list[SecretsError]:
-    return [
-        UnreadableError(
-            f"is not encrypted to the operator {project.operator!r} ({operator.recipient})",
-            where=str(path),
-            fix="let an operator who can read it run secrets init, or restore the file from git",
-        )
-        for path, sealed in found.items()
-        if operator.recipient not in sealed.recipients
-    ]
-
-
-def _foreign_readers(view: _View, need_files: Mapping[Path, Need]) -> str | None:
-    """Why a host key that is absent must not be made anew: secrets of this host are already encrypted to one."""
-    named = [path.name for path in need_files if path in view.found and view.found[path].recipients - view.operators]
-    return f"{named[0]} is encrypted to it" if named else None
-
-
-def _age_pair(view: _View) -> _KeyPair:
-    def make() -> Plaintext:
-        identity = age.generate()
-        return {AGE_PUBLIC: Secret(identity.recipient, AGE_PUBLIC), AGE_SECRET: identity.secret}
-
-    return _KeyPair(
-        file=view.layout.host_age_key_file(view.host),
-        public_file=host_recipient_file(view.layout, view.host),
-        declared=declared_host(view.layout, view.host),
-        make=make,
-        public_in=lambda sealed, plaintext: identity_in(sealed, plaintext).recipient,
-    )
-
-
-def _ssh_pair(view: _View) -> _KeyPair:
-    return _KeyPair(
-        file=view.layout.host_ssh_key_file(view.host),
-        public_file=view.layout.host_ssh_public_key(view.host),
-        declared=declared_pin(view.layout, view.host),
-        make=lambda: {SSH_SECRET: hostkey.generate(view.host)[0]},
-        public_in=lambda sealed, plaintext: hostkey.public_of(single(sealed, plaintext, SSH_SECRET)),
-        comment=f" {view.host}",
-    )
-
-
-def _key_pair(view: _View, pair: _KeyPair, in_use: str | None) -> tuple[str, list[Target]]:
-    """The public half and both files. A private half that is gone while something still relies on it is an error."""
-    sealed = view.found.get(pair.file)
-    plaintext = view.opened.get(pair.file)
-    if sealed is None:
-        if reason := f"{pair.public_file.name} still names it" if pair.declared else in_use:
-            raise SecretsError(
-                f"is gone, but {reason}; the host could do nothing with a new one",
-                where=str(pair.file),
-                fix=f"restore it from git; to give the host a new identity, remove {pair.public_file} and its secrets",
-            )
-        plaintext = pair.make()
-        sealed = Sealed(pair.file, "", frozenset())
-    if plaintext is not None:
-        public = pair.public_in(sealed, plaintext)
-        entry = Entry("", "", public=public)
-    else:
-        entry = _known(view, pair.file)
-        public = entry.public
-    if pair.declared not in (None, public):
-        raise SecretsError(
-            f"is not the public half of {pair.file.name}",
-            where=str(pair.public_file),
-            fix="restore the one that is wrong from git",
-        )
-    if pair.file in view.found:
-        private = view.kept(sealed, view.operators, entry)
-    else:
-        private = Target(pair.file, PRIVATE_FILE, plaintext=plaintext or {}, recipients=view.operators, entry=entry)
-    return public, [private, Target(pair.public_file, PUBLIC_FILE, f"{public}{pair.comment}\n")]
-
-
-def _decided(view: _View, path: Path, need: Need, values: Mapping[str, Secret], readers: frozenset[str]) -> bool:
-    """Whether the record answers all there is to ask of ``path``; it cannot compare a password it never saw."""
-    entry = view.entry(path)
-    unknown_password = entry is not None and need.password_name in values and not entry.password
-    return view.settled(path, readers) and not unknown_password
-
-
-def _secrets(
-    view: _View,
-    need_files: Mapping[Path, Need],
-    values: Mapping[str, Secret],
-    readers: frozenset[str],
-    mkpasswd: Mkpasswd,
-) -> list[Target]:
+    recipients: dict[str, str] = {}
     targets: list[Target] = []
-    missing: list[Need] = []
+    missing: list[tuple[str, str]] = []
+    records: dict[str, Record] = {}
     faults: list[SecretsError] = []
-    for path, need in need_files.items():
-        given = values.get(need.name)
-        password = values.get(need.password_name) if need.password_name else None
-        if path in view.found:
-            try:
-                entry = _current(view, path, need, password, mkpasswd)
-            except SecretsError as error:
-                faults.append(error)
-                continue
-            if entry is not None and _keeps(view.seen, entry, given, password):
-                targets.append(view.kept(view.found[path], readers, entry))
-                continue
-        value = mkpasswd.hash(password) if password else given
-        if value is None:
-            missing.append(need)
+    for host in project.fleet.hosts:
+        if hosts and host not in hosts:
+            if recipient := declared_host(layout, host):
+                recipients[host] = recipient
             continue
-        entry = Entry("", view.seen.digest(value), password=view.seen.digest(password) if password else "")
-        targets.append(Target(path, PRIVATE_FILE, plaintext={need.name: value}, recipients=readers, entry=entry))
-    raise_faults(faults)
-    if missing:
-        raise _missing(missing, view.host)
-    return targets
+        try:
+            view, recipient, of_host = _host(project, host, operators, runner=runner, anew=anew)
+        except SecretsError as error:
+            faults.append(error)
+            continue
+        if recipient:
+            recipients[host] = recipient
+        if of_host:
+            records[host] = Record(layout.state_file(f"secrets-{host}"), view.seen)
+        targets += of_host
+        missing += [(host, need.name) for path, need in need_files(project, host).items() if path not in view.found]
+    removals = [path for _, path in unneeded(project, hosts)]
+    raise_faults([*faults, *_not_encrypted(removals)])
+    if recipients or layout.sops_config.exists():
+        targets.append(Target(layout.sops_config, PUBLIC_FILE, sops_config(recipients, operators.values())))
+    if project.fleet.operators:
+        public = operator_targets(project, operators)
+        targets = [*public, *targets]
+        removals += sorted(
+            set(layout.operator_recipients_dir.glob(f"*{OPERATOR_SUFFIX}")) - {target.path for target in public}
+        )
+    emptied = [] if hosts else [layout.host_secrets_dir(host) for host in hosts_that_left(project)]
+    return Plan(
+        tuple(targets), removals=tuple(removals), emptied=tuple(emptied), missing=tuple(missing), records=records
+    )
 
 
-def _current(view: _View, path: Path, need: Need, password: Secret | None, mkpasswd: Mkpasswd) -> Entry | None:
-    """What is in the file now; None when it is nothing that could be used (a placeholder, no hash)."""
+def plan_revoke(project: Project, name: str, *, runner: Runner) -> Plan:
+    """Take ``name`` off the operators: first their public key, so that nothing new is for them, then every file.
+
+    SecretsError when the fleet file declares them: the line there is for a person to remove. A name that is no operator
+    changes nothing, unless a revocation was cut off: then it is finished.
+    """
+    if name in project.fleet.operators:
+        raise SecretsError(
+            f"{name!r} is declared in the fleet file, and would be back with the next reconcile",
+            where=f"{project.layout.fleet_file}: operators.{name}",
+            fix=f'remove the line "{name}": {{"ageRecipient": "{project.fleet.operators[name].age_recipient}"}}, '
+            "then run clawdlets secrets reconcile",
+        )
+    public = project.layout.operator_recipients_dir / f"{name}{OPERATOR_SUFFIX}"
+    declared = operators_of(project)
+    if name in declared:
+        return replace(plan_reconcile(project, runner=runner, without=name), first=(public,))
+    plan = plan_reconcile(project, runner=runner)
+    near = difflib.get_close_matches(name, declared, n=1)
+    if near and not plan.removals and all(target.status() == "unchanged" for target in plan.targets):
+        raise SecretsError(
+            f"there is no operator {name!r}; did you mean {near[0]!r}?",
+            where="operators",
+            fix=f"declared are: {', '.join(declared)}",
+        )
+    return plan
+
+
+def plan_set(project: Project, host: str, name: str, value: Secret, *, runner: Runner) -> Plan:
+    """One secret of ``host`` with the new ``value``, for its readers; SecretsError when the value or the name is not
+    acceptable or the host has no key yet, UnreadableError when the file is there and cannot be opened."""
+    needed = needs(host, project.fleet.host(host))
+    check_values(needed, {name: value}, host)
+    need = input_names(needed)[name]
+    path = project.layout.secret_file(host, need.name)
+    view, broken = look(project, host, operators_of(project), runner=runner)
+    age_file = project.layout.host_age_key_file(host)
+    raise_faults([*(fault for where, fault in broken.items() if where in (path, age_file)), *view.not_ours([path])])
+    recipient, key_targets = _pair(view, age_pair(view, need_files(project, host)))
+    if recipient is None:
+        raise SecretsError(f"the host {host!r} has no key yet", where=str(age_file), fix="run secrets init first")
+    readers = view.operators | {recipient}
+    entry = view.entry(path)
+    if path in view.found and (entry is None or view.found[path].recipients != readers or name != need.name):
+        view.open([path])
+    targets = secrets_of(view, {path: need}, {name: value}, readers, Mkpasswd(runner))
+    record = Record(project.layout.state_file(f"secrets-{host}"), view.seen, view.seen.entries)
+    return Plan((*key_targets, *targets), records={host: record})
+
+
+def plan_operator(project: Project) -> Plan:
+    """The running operator's key pair: made when there is none, its public half put where the others see it.
+
+    In a fleet that declares its operators the public half is not written: the fleet file has to name it.
+    """
+    layout = project.layout
+    identity = find_operator_identity(project)
+    targets = []
+    if identity is None:
+        identity = age.generate()
+        targets.append(Target(layout.operator_key(project.operator), PRIVATE_FILE, age.to_key_file(identity)))
+    if not project.fleet.operators:
+        public = layout.operator_recipients_dir / f"{project.operator}{OPERATOR_SUFFIX}"
+        targets.append(Target(public, PUBLIC_FILE, f"{identity.recipient}\n"))
+    return Plan(tuple(targets))
+
+
+def _host(
+    project: Project, host: str, operators: dict[str, str], *, runner: Runner, anew: bool
+) -> tuple[View, str | None, list[Target]]:
+    """The host's files for its declared readers, and its recipient if it has a key."""
+    view, broken = look(project, host, operators, runner=runner)
+    raise_faults(broken.values())
+    wanted = need_files(project, host)
+    recipient, targets = _pair(view, age_pair(view, wanted), anew=anew)
+    ssh_targets: list[Target] = []
+    ssh_file = view.found.get(project.layout.host_ssh_key_file(host))
+    if ssh_file is None or anew or ssh_file.recipients != view.operators:  # its public half decides no readers
+        _, ssh_targets = _pair(view, ssh_pair(view), anew=anew)
+    else:
+        ssh_targets = [view.kept(ssh_file, view.operators, view.entry(ssh_file.path))]
+    if recipient is None:
+        return view, None, ssh_targets
+    readers = view.operators | {recipient}
+    changing = [path for path in wanted if path in view.found and (anew or view.found[path].recipients != readers)]
+    raise_faults(view.not_ours(changing))
+    view.open(changing)
+    secrets = [
+        view.kept(view.found[path], readers, _entry(view, path, need), anew=anew)
+        for path, need in wanted.items()
+        if path in view.found
+    ]
+    return view, recipient, [*targets, *ssh_targets, *secrets]
+
+
+def _pair(view: View, pair: KeyPair, *, anew: bool = False) -> tuple[str | None, list[Target]]:
+    """A key pair that exists, opened when its readers change or its public half was never compared with it.
+
+    The age key's public half decides who reads the host's secrets: it is believed only when it belongs to the private one.
+    """
+    sealed = view.found.get(pair.file)
+    if sealed and (anew or not view.settled(pair.file, view.operators)):
+        raise_faults(view.not_ours([pair.file]))
+        view.open([pair.file])
+    return kept_if_any(view, pair, anew=anew)
+
+
+def _entry(view: View, path: Path, need: Need) -> Entry | None:
+    """What to remember of a secret that keeps its value: nothing of one that cannot be used, or was not opened."""
+    before = view.entry(path)
     if path not in view.opened:
-        return _known(view, path)
-    value = single(view.found[path], view.opened[path], need.name)
+        return before
+    try:
+        value = single(view.found[path], view.opened[path], need.name)
+    except SecretsError:
+        return None  # it holds something else; it is kept as it is, for its readers, and secrets status says so
     if value_fault(need, value):
         return None
-    before = view.entry(path)
-    made_of = before.password if before else ""
-    if password and not made_of and mkpasswd.matches(password, value):
-        made_of = view.seen.digest(password)
-    return Entry("", view.seen.digest(value), password=made_of)
+    return Entry("", view.seen.digest(value), password=before.password if before else "")
 
 
-def _keeps(seen: Seen, entry: Entry, given: Secret | None, password: Secret | None) -> bool:
-    if given is not None:
-        return seen.digest(given) == entry.plain
-    return password is None or seen.digest(password) == entry.password
-
-
-def value_fault(need: Need, value: Secret) -> str | None:
-    """Why ``value`` cannot be used for ``need``, or None."""
-    if is_placeholder(value.reveal()):
-        return "is empty or still a placeholder"
-    if need.kind == "password-hash" and not is_crypt_hash(value.reveal()):
-        return "is no password hash"
-    return None
-
-
-def _known(view: _View, path: Path) -> Entry:
-    entry = view.entry(path)
-    if entry is None:
-        raise SecretsError("was neither decrypted nor known", where=str(path))
-    return replace(entry, cipher="")
-
-
-def _missing(missing: list[Need], host: str) -> SecretsError:
-    lines = [
-        f"  {need.name} ({need.why})"
-        + (f"; or {need.password_name}, which is then hashed" if need.password_name else "")
-        for need in missing
+def _not_encrypted(paths: Collection[Path]) -> list[SecretsError]:
+    """What no host needs and is no sops file either is for a person to look at."""
+    _, faults = read_all([path for path in paths if path.suffix == ".yaml"])
+    return [
+        SecretsError(
+            f"no host needs it, but it is no file of ours: {fault.what}", where=fault.where, fix="remove it by hand"
+        )
+        for fault in faults
     ]
-    return SecretsError(
-        "\n".join([f"values are missing for {host}; nothing was written:", *lines]),
-        fix='give them as JSON, {"name": "value", …}, in a file of mode 0600 or on standard input',
-    )

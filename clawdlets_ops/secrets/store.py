@@ -9,7 +9,7 @@ ciphertext, which can be kept until a key leaks.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,43 +19,39 @@ from typing import TypeVar
 from clawdlets_ops import hostkey
 from clawdlets_ops.age import Identity
 from clawdlets_ops.errors import SecretsError
-from clawdlets_ops.files import (
-    PRIVATE_DIR,
-    PRIVATE_FILE,
-    ensure_dir,
-    locked,
-    read_private,
-    sweep_temporaries,
-    write_atomic,
-)
+from clawdlets_ops.files import PRIVATE_DIR, PRIVATE_FILE, locked, read_private
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import Runner
 from clawdlets_ops.project import Project
-from clawdlets_ops.secrets.plan import needs, parse_values
-from clawdlets_ops.secrets.reconcile import InitPlan, Target, reconcile, value_fault
+from clawdlets_ops.secrets.disk import Disk
+from clawdlets_ops.secrets.init import plan_init
+from clawdlets_ops.secrets.plan import needs, parse_values, value_fault
 from clawdlets_ops.secrets.seen import Entry
 from clawdlets_ops.secrets.vault import (
     SOPS_AT_ONCE,
     SSH_SECRET,
     declared_host,
-    declared_operators,
     host_ssh_pin,
     identity_in,
     open_all,
     operator_identity,
+    operators_of,
     raise_faults,
     read_all,
     single,
 )
+from clawdlets_ops.secrets.view import Plan, Target
 from clawdlets_ops.sensitive import Secret
 from clawdlets_ops.sops import Sops, find_sops
 
 __all__ = [
-    "InitOutcome",
+    "Outcome",
+    "change",
     "check_host",
     "host_ssh_pin",
     "init_host",
     "operator_identity",
+    "outcome_of",
     "parse_values",
     "plan_host",
     "read_values",
@@ -67,23 +63,27 @@ PUBLIC_DIR = 0o755
 WRITABLE_BY_OTHERS = 0o022
 LOCK_WAIT_S = 30.0
 
-Write = Callable[..., bool]
-"""``files.write_atomic``, or what stands in for it in a test of interruption."""
+KEY_FOLDERS = (".clawdlets/keys/operators", "secrets/keys/operators")
 
 
 @dataclass(frozen=True)
-class InitOutcome:
-    """Files by what happened to them, as paths relative to the project. ``stale`` ones are no longer needed."""
+class Outcome:
+    """Files by what happened to them, as paths relative to the project. ``stale`` ones are no longer needed.
+
+    ``missing`` are secrets that a host needs and nobody has given yet, as ``host/name``.
+    """
 
     created: tuple[str, ...] = ()
     updated: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
     unchanged: tuple[str, ...] = ()
     stale: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
         """Whether anything was, or would be, written."""
-        return bool(self.created or self.updated)
+        return bool(self.created or self.updated or self.removed)
 
 
 def read_values(path: Path, host: str, *, declared: Collection[str] = ()) -> dict[str, Secret]:
@@ -94,39 +94,74 @@ def read_values(path: Path, host: str, *, declared: Collection[str] = ()) -> dic
     return parse_values(read_private(path), host, where=str(path), declared=declared)
 
 
-def plan_host(project: Project, host: str, values: Mapping[str, Secret], *, runner: Runner) -> InitOutcome:
+def plan_host(project: Project, host: str, values: Mapping[str, Secret], *, runner: Runner) -> Outcome:
     """What ``init_host`` would do, without doing it; raises what it would raise."""
-    plan = reconcile(project, host, values, runner=runner)
-    return _outcome(project.layout, plan, [(target.path, target.status()) for target in plan.targets])
+    return outcome_of(project.layout, plan_init(project, host, values, runner=runner))
 
 
 def init_host(
-    project: Project, host: str, values: Mapping[str, Secret], *, runner: Runner, write: Write = write_atomic
-) -> InitOutcome:
+    project: Project, host: str, values: Mapping[str, Secret], *, runner: Runner, disk: Disk | None = None
+) -> Outcome:
     """Bring the host's keys and secrets in the repository to what the fleet declares; a second run changes nothing.
 
     ``values`` are given by the operator (see ``plan.input_names``); a secret that exists keeps its value when none is
     given. SecretsError names every missing or unacceptable value; UnreadableError every file that exists and cannot be
     decrypted; in both cases nothing has been written. BusyError when another run does not end in time.
     """
-    layout = project.layout
+    folders = (*KEY_FOLDERS, f"secrets/hosts/{host}")
+    plan = partial(plan_init, project, host, values, runner=runner)
+    return change(project, plan, runner=runner, disk=disk, folders=folders)
+
+
+def change(
+    project: Project,
+    make_plan: Callable[[], Plan],
+    *,
+    runner: Runner,
+    disk: Disk | None = None,
+    folders: Iterable[str] = (),
+) -> Outcome:
+    """Hold the project's lock, plan, and do what the plan says. Nobody else changes anything in between.
+
+    ``folders``, relative to the project, exist afterwards even if nothing is in them. A run that was cut off left only
+    whole files and temporary ones, which go before the plan is made.
+    """
+    layout, disk = project.layout, disk or Disk()
     with locked(layout.lock("secrets"), what="the project's secrets", wait_s=LOCK_WAIT_S):
-        for folder in _folders(layout, host):
-            if folder.is_dir():
-                sweep_temporaries(folder)
-        plan = reconcile(project, host, values, runner=runner)
+        for folder in _every_folder(layout):
+            disk.sweep(folder)
+        plan = make_plan()
         contents = _encrypted(plan.targets, Sops(runner, find_sops(runner)))
-        for folder, mode in _folders(layout, host).items():
-            ensure_dir(folder, mode)
-        statuses: list[tuple[Path, str]] = []
-        entries: dict[str, Entry] = {}
-        for target, content in zip(plan.targets, contents, strict=True):
-            statuses.append((target.path, target.status()))
-            write(target.path, content, mode=target.mode)
-            if target.entry is not None:
-                entries[_name(layout, target.path)] = replace(target.entry, cipher=plan.seen.digest(content))
-        write(plan.state_file, plan.seen.to_json(entries), mode=PRIVATE_FILE)
-    return _outcome(layout, plan, statuses)
+        outcome = outcome_of(layout, plan)
+        try:
+            _carry_out(layout, plan, contents, disk, [layout.root / name for name in folders])
+        except OSError as error:
+            raise SecretsError(
+                f"cannot be written: {error.strerror}; every file is whole, but not all are done",
+                where=str(error.filename or layout.root),
+                fix="put that right and run the same command again",
+            ) from error
+    return outcome
+
+
+def _carry_out(layout: Layout, plan: Plan, contents: list[str], disk: Disk, folders: list[Path]) -> None:
+    written = [path.parent for path in (*(x.path for x in plan.targets), *(x.path for x in plan.records.values()))]
+    for folder, mode in _folders(layout, [*folders, *written]).items():
+        disk.ensure_folder(folder, mode)
+    entries: dict[str, dict[str, Entry]] = {host: dict(record.kept) for host, record in plan.records.items()}
+    for path in plan.first:
+        disk.remove(path)
+    for target, content in zip(plan.targets, contents, strict=True):
+        disk.write(target.path, content, mode=target.mode)
+        if target.entry is not None:
+            seen = plan.records[target.host].seen
+            entries[target.host][_name(layout, target.path)] = replace(target.entry, cipher=seen.digest(content))
+    for path in plan.removals:
+        disk.remove(path)
+    for path in plan.emptied:
+        disk.remove_folder(path)
+    for host, record in plan.records.items():
+        disk.write(record.path, record.seen.to_json(entries[host]), mode=PRIVATE_FILE)
 
 
 def check_host(project: Project, host: str, *, runner: Runner) -> None:
@@ -138,7 +173,7 @@ def check_host(project: Project, host: str, *, runner: Runner) -> None:
     """
     layout = project.layout
     operator = operator_identity(project)
-    operators = declared_operators(layout)
+    operators = frozenset(operators_of(project).values())
     sops = Sops(runner, find_sops(runner))
     need_files = {layout.secret_file(host, need.name): need for need in needs(host, project.fleet.host(host))}
     age_file, ssh_file = layout.host_age_key_file(host), layout.host_ssh_key_file(host)
@@ -190,18 +225,29 @@ def _collect(faults: list[SecretsError], attempt: Callable[[], T]) -> T | None:
         return None
 
 
-def _folders(layout: Layout, host: str) -> dict[Path, int]:
-    """Every folder that init writes to, parents first, with its mode.
+def _every_folder(layout: Layout) -> list[Path]:
+    """Every folder of ours in which an interrupted run may have left something."""
+    hosts = layout.host_secrets_dir("any").parent
+    fixed = [layout.secrets_dir, layout.operator_recipients_dir, layout.host_age_key_file("any").parent]
+    fixed += [layout.operator_key("any").parent, layout.state_file("any").parent]
+    return [folder for folder in [*fixed, *sorted(hosts.glob("*"))] if folder.is_dir() and not folder.is_symlink()]
+
+
+def _folders(layout: Layout, wanted: Iterable[Path]) -> dict[Path, int]:
+    """``wanted`` and what is above them in the project, parents first, each with its mode.
 
     Ours are 0700. Those of the repository are as the operator keeps them, but nobody else may write there.
     """
-    operator_keys = layout.operator_key("any").parent
-    private = [layout.runtime, operator_keys.parent, operator_keys, layout.runtime / "state"]
-    keys = layout.operator_recipients_dir.parent
-    public = [layout.secrets_dir, keys, layout.operator_recipients_dir, layout.host_age_key_file(host).parent]
-    public += [layout.host_secrets_dir(host).parent, layout.host_secrets_dir(host)]
-    modes = {path: stat.S_IMODE(path.stat().st_mode) & ~WRITABLE_BY_OTHERS for path in public if path.is_dir()}
-    return dict.fromkeys(private, PRIVATE_DIR) | {path: modes.get(path, PUBLIC_DIR) for path in public}
+    above = {part for path in set(wanted) for part in (path, *path.parents) if layout.root in part.parents}
+    modes: dict[Path, int] = {}
+    for path in sorted(above):
+        if path.is_symlink():
+            raise SecretsError("is a link; what is written there would go elsewhere", where=str(path), fix="remove it")
+        if path == layout.runtime or layout.runtime in path.parents:
+            modes[path] = PRIVATE_DIR
+        else:
+            modes[path] = stat.S_IMODE(path.stat().st_mode) & ~WRITABLE_BY_OTHERS if path.is_dir() else PUBLIC_DIR
+    return modes
 
 
 def _encrypted(targets: tuple[Target, ...], sops: Sops) -> list[str]:
@@ -220,9 +266,16 @@ def _name(layout: Layout, path: Path) -> str:
     return path.relative_to(layout.root).as_posix()
 
 
-def _outcome(layout: Layout, plan: InitPlan, statuses: list[tuple[Path, str]]) -> InitOutcome:
-    def those(wanted: str) -> tuple[str, ...]:
-        return tuple(_name(layout, path) for path, status in statuses if status == wanted)
-
-    stale = tuple(_name(layout, path) for path in plan.stale)
-    return InitOutcome(those("created"), those("updated"), those("unchanged"), stale)
+def outcome_of(layout: Layout, plan: Plan) -> Outcome:
+    """What carrying out ``plan`` would be now."""
+    by_status: dict[str, list[str]] = {"created": [], "updated": [], "unchanged": []}
+    for target in plan.targets:
+        by_status[target.status()].append(_name(layout, target.path))
+    return Outcome(
+        created=tuple(by_status["created"]),
+        updated=tuple(by_status["updated"]),
+        unchanged=tuple(by_status["unchanged"]),
+        removed=tuple(_name(layout, path) for path in (*plan.first, *plan.removals)),
+        stale=tuple(_name(layout, path) for path in plan.stale),
+        missing=tuple(f"{host}/{name}" for host, name in plan.missing),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from clawdlets_ops.errors import SecretsError, UnreadableError
 from clawdlets_ops.files import read_private
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.project import Project
+from clawdlets_ops.secrets.plan import MAX_VALUE_BYTES
 from clawdlets_ops.sensitive import Secret
 from clawdlets_ops.sops import Sops, recipients
 
@@ -22,6 +24,10 @@ SOPS_AT_ONCE = 2
 AGE_SECRET = "age_secret_key"  # noqa: S105 - the name of a key in a file
 AGE_PUBLIC = "age_public_key"
 SSH_SECRET = "ssh_host_ed25519_key"  # noqa: S105
+OPERATOR_SUFFIX = ".age.pub"
+
+MAX_FILE_BYTES = 4 * MAX_VALUE_BYTES
+"""A value of 1 MiB in base64, with room for its metadata."""
 
 
 Plaintext = Mapping[str, Secret]
@@ -60,13 +66,12 @@ def find_operator_identity(project: Project) -> Identity | None:
     open nothing that exists.
     """
     path = project.layout.operator_key(project.operator)
-    public = project.layout.operator_recipients_dir / f"{project.operator}.age.pub"
-    declared = age.parse_recipient(public.read_text(), where=str(public)) if public.exists() else None
+    declared, where = declared_operator(project)
     if not path.exists() and not path.is_symlink():
         if declared is None:
             return None
         raise SecretsError(
-            f"the private half of {public.name} is not on this machine",
+            f"the private half of {where} is not on this machine",
             where=str(path),
             fix="copy it here (mode 0600), or work under another name (CLAWDLETS_OPERATOR)",
         )
@@ -74,16 +79,47 @@ def find_operator_identity(project: Project) -> Identity | None:
     if declared not in (None, identity.recipient):
         raise SecretsError(
             f"is not the public half of {path}",
-            where=str(public),
-            fix="restore the one that is wrong; remove the public half to have it written anew from the private one",
+            where=where,
+            fix=f"restore the one that is wrong; the private half here belongs to {identity.recipient}",
         )
     return identity
 
 
-def declared_operators(layout: Layout) -> frozenset[str]:
-    """The recipient of every ``<operator>.age.pub`` in the repository; SecretsError when one is malformed."""
-    files = sorted(layout.operator_recipients_dir.glob("*.age.pub"))
-    return frozenset(age.parse_recipient(path.read_text(), where=str(path)) for path in files)
+def declared_operator(project: Project) -> tuple[str | None, str]:
+    """The recipient that the running operator is declared with, if any, and where that is said."""
+    if project.fleet.operators:
+        where = f"operators.{project.operator}.ageRecipient"
+        return operators_of(project).get(project.operator), where
+    public = project.layout.operator_recipients_dir / f"{project.operator}.age.pub"
+    return (age.parse_recipient(public.read_text(), where=str(public)) if public.exists() else None), str(public)
+
+
+def refuse_undeclared(project: Project, identity: Identity | None) -> None:
+    """SecretsError when the fleet file says who the operators are and the running one is none of them."""
+    if project.fleet.operators and declared_operator(project)[0] is None:
+        held = identity.recipient if identity else "age1…"
+        raise SecretsError(
+            f"the operator {project.operator!r} is not declared",
+            where=f"{project.layout.fleet_file}: operators",
+            fix=f'run secrets operator add, and add "{project.operator}": {{"ageRecipient": "{held}"}}',
+        )
+
+
+def operators_of(project: Project) -> dict[str, str]:
+    """Who reads everything: name and age recipient of each operator; SecretsError when a recipient is malformed.
+
+    The fleet file's ``operators``, when it has them; else every ``<operator>.age.pub`` in the repository.
+    """
+    if project.fleet.operators:
+        return {
+            name: age.parse_recipient(operator.age_recipient, where=f"operators.{name}.ageRecipient")
+            for name, operator in sorted(project.fleet.operators.items())
+        }
+    files = sorted(project.layout.operator_recipients_dir.glob(f"*{OPERATOR_SUFFIX}"))
+    return {
+        path.name.removesuffix(OPERATOR_SUFFIX): age.parse_recipient(path.read_text(), where=str(path))
+        for path in files
+    }
 
 
 def declared_host(layout: Layout, host: str) -> str | None:
@@ -108,12 +144,18 @@ def declared_pin(layout: Layout, host: str) -> str | None:
 
 
 def read_sealed(path: Path) -> Sealed | None:
-    """The encrypted file ``path``, or None when it is absent; UnreadableError when it is there and no such file."""
+    """The encrypted file ``path``, or None when it is absent; UnreadableError when it is there and no such file.
+
+    A link, a device or a file of a size that no secret has is not followed, waited for or read.
+    """
     try:
+        info = path.lstat()
+        if not stat.S_ISREG(info.st_mode):
+            raise UnreadableError("is a link or no regular file", where=str(path), fix="restore the file from git")
+        if info.st_size > MAX_FILE_BYTES:
+            raise UnreadableError(f"has {info.st_size} bytes, which no secret needs", where=str(path))
         text = path.read_bytes().decode()  # read_text would change line ends, and with them what is compared
     except FileNotFoundError:
-        if path.is_symlink():
-            raise UnreadableError("is a link that leads nowhere", where=str(path)) from None
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableError(f"cannot be read ({type(error).__name__})", where=str(path)) from None
@@ -145,7 +187,7 @@ def open_all(
             return UnreadableError(
                 f"is not encrypted to {identity.recipient}",
                 where=str(sealed.path),
-                fix="let an operator who can read it run secrets init, or restore the file from git",
+                fix="let an operator who can read it run secrets reconcile, or restore the file from git",
             )
         try:
             return sops.decrypt(sealed.text, identity=identity.secret, where=str(sealed.path))

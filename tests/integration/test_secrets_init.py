@@ -16,6 +16,7 @@ from clawdlets_ops.errors import ClawdletsError, SecretsError, SettingsError, Un
 from clawdlets_ops.files import write_atomic
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
+from clawdlets_ops.secrets.disk import Disk
 from clawdlets_ops.secrets.payload import materialise, observe, payload_is_current
 from clawdlets_ops.secrets.store import (
     check_host,
@@ -278,7 +279,7 @@ def test_a_run_that_is_cut_off_at_any_write_is_finished_by_the_next(tmp_path, ru
         writes.append(path)
         return write_atomic(path, content, mode=mode)
 
-    init_host(a_project(tmp_path / "whole"), "alpha", VALUES, runner=runner, write=counting)
+    init_host(a_project(tmp_path / "whole"), "alpha", VALUES, runner=runner, disk=Disk(write=counting))
     assert len(writes) == 13
     expected = modes(tmp_path / "whole")
     for cut in range(len(writes)):
@@ -293,7 +294,7 @@ def test_a_run_that_is_cut_off_at_any_write_is_finished_by_the_next(tmp_path, ru
             return write_atomic(path, content, mode=mode)
 
         with pytest.raises(KeyboardInterrupt):
-            init_host(project, "alpha", VALUES, runner=runner, write=failing)
+            init_host(project, "alpha", VALUES, runner=runner, disk=Disk(write=failing))
         left = snapshot(root)
         (root / "secrets" / ".x.yaml.0a0a0a0a0a0a.tmp").touch()  # what kill -9 leaves of a write
         init_host(project, "alpha", VALUES, runner=runner)

@@ -1,0 +1,40 @@
+"""Every change that the secrets make to the disk goes through one value, so that a test can cut it off anywhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from clawdlets_ops.files import ensure_dir, sweep_temporaries, write_atomic
+
+
+def remove(path: Path) -> None:
+    """Remove a file, durably; nothing when it is gone already. What is no file, a folder for one, raises OSError."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing; nothing when it is gone, or holds something that is not ours to judge."""
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The file operations there are: each is atomic, and each may be the last before the machine stops."""
+
+    write: Callable[..., bool] = write_atomic
+    remove: Callable[[Path], None] = remove
+    remove_folder: Callable[[Path], None] = remove_if_empty
+    ensure_folder: Callable[[Path, int], Path] = ensure_dir
+    sweep: Callable[[Path], None] = sweep_temporaries
