@@ -5,9 +5,9 @@ The layers; imports point left only, and ``tests/test_architecture.py`` holds th
     base      errors sensitive process files journal finding
     model     fleet layout project
     tools     sops age mkpasswd hostkey tofu hetzner nixos_anywhere ssh tailnet     (siblings never import each other)
-    features  secrets/ provision install lockdown verify/                           (plan is pure, apply is thin)
+    features  secrets/ guard/ provision install lockdown verify/                    (plan is pure, apply is thin)
     workflow  workflow                                                              (the order of the stages)
-    surfaces  cli deploys pyinfra_plugin/ testing lab/
+    surfaces  cli commands/ deploys pyinfra_plugin/ testing lab/
 
 The public names below are looked up when they are first asked for: importing one module does not load the clients of all.
 """

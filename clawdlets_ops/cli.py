@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 import click
 
 from clawdlets_ops import workflow
+from clawdlets_ops.commands import guard as guard_commands
+from clawdlets_ops.commands import secrets as secrets_commands
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.files import write_atomic
 from clawdlets_ops.finding import Finding, State, exit_code
@@ -24,7 +26,6 @@ from clawdlets_ops.lab import control, doctor, faults, overview
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
-from clawdlets_ops.secrets import payload, store
 from clawdlets_ops.verify import host as verify_host
 from clawdlets_ops.verify.run import Report
 
@@ -54,6 +55,11 @@ def main() -> None:
 def clawdlets(context: click.Context, root: Path) -> None:
     """Deploy a declared fleet of bot hosts, and prove that they are closed."""
     context.obj = root
+    context.meta[secrets_commands.ENVIRON] = os.environ
+
+
+clawdlets.add_command(secrets_commands.secrets)
+clawdlets.add_command(guard_commands.group(os.environ))
 
 
 def _with_project(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,34 +69,6 @@ def _with_project(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(load_project(context.obj, os.environ), *arguments, **options)
 
     return wrapped
-
-
-@clawdlets.group()
-def secrets() -> None:
-    """Secrets: sops files in the repository, and the install payload."""
-
-
-@secrets.command("init")
-@click.option("--host", required=True)
-@click.option("--from-json", "source", default=None, help="A 0600 file with the values, or - for standard input.")
-@_with_project
-def secrets_init(project: Project, host: str, source: str | None) -> None:
-    """Make a host's identity and encrypt its secrets; again, it changes nothing."""
-    if source == "-":
-        values = store.parse_values(sys.stdin.read(), host, where="standard input")
-    elif source:
-        values = store.read_values(Path(source), host)
-    elif project.secrets_file:
-        values = store.read_values(project.secrets_file, host)
-    else:
-        values = {}
-    runner = LocalRunner(project.environ)
-    made = store.init_host(project, host, values, runner=runner)
-    laid = payload.materialise(project, host, runner=runner)
-    for verb, names in (("created", made.created), ("updated", made.updated), ("unchanged", made.unchanged)):
-        for name in names:
-            click.echo(f"{verb} {name}")
-    click.echo(f"{'built' if laid.changed else 'unchanged'} {project.layout.extra_files(host)}")
 
 
 @clawdlets.command()

@@ -14,8 +14,10 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -213,6 +215,61 @@ class LocalRunner:
             duration_s=time.monotonic() - started,
         )
 
+    @contextlib.contextmanager
+    def stream(self, command: Command) -> Iterator[IO[bytes]]:
+        """Standard output as bytes while it is written: for what is no text, or more than memory should hold.
+
+        Whoever reads stops at its end or closes early by leaving the block. Then CommandTimeout, or CommandError when it
+        was read to the end and the exit status is not 0. Standard input comes from an unnamed file, so neither side
+        can wait for the other.
+        """
+        program = require_program(self, command.argv[0], f"install {command.argv[0]}")
+        env = dict(self._environ)
+        for key, value in command.env.items():
+            env[key] = value.reveal() if isinstance(value, Secret) else value
+        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as complaints:
+            given.write(_stdin_bytes(command.stdin))
+            given.seek(0)
+            process = subprocess.Popen(
+                [str(program), *command.argv[1:]],
+                env=env,
+                cwd=command.cwd,
+                stdin=given,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                start_new_session=True,
+            )
+            late = threading.Event()
+
+            def stop() -> None:
+                late.set()
+                _kill_group(process, close=False)
+
+            alarm = threading.Timer(command.timeout_s, stop)
+            alarm.daemon = True
+            alarm.start()
+            try:
+                if process.stdout is None:
+                    raise CommandError(f"{command.why}: no pipe", where=command.program)
+                yield process.stdout
+                at_end = not process.stdout.read(1)
+                if not at_end:
+                    _kill_group(process)
+                exit_code = process.wait()
+            except BaseException:
+                _kill_group(process)
+                raise
+            finally:
+                alarm.cancel()
+                if process.stdout is not None:
+                    process.stdout.close()
+            complaints.seek(0)
+            said = command.redactor().scrub(complaints.read().decode(errors="replace"))
+            if late.is_set():
+                raise _too_late(command, command.redactor(), said.encode())
+            if at_end:
+                Result(command, exit_code, "", said, duration_s=0.0).check()
+
 
 class Background:
     """A program that runs on while we do other things; see ``spawn``."""
@@ -402,13 +459,13 @@ def _stdin_bytes(stdin: str | bytes | Secret | None) -> bytes:
     return stdin or b""
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def _kill_group(process: subprocess.Popen[bytes], *, close: bool = True) -> None:
     """End the process and all it started in its session: TERM, a grace, KILL."""
     for signal_number in (signal.SIGTERM, signal.SIGKILL):  # KILL always: the group may outlive its leader
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal_number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=KILL_GRACE_S)
-    for pipe in (process.stdin, process.stdout, process.stderr):
+    for pipe in (process.stdin, process.stdout, process.stderr) if close else ():
         if pipe is not None:
             pipe.close()

@@ -18,9 +18,9 @@ LAYERS: dict[str, frozenset[str]] = {
     "base": frozenset({"errors", "sensitive", "process", "files", "journal", "finding"}),
     "model": frozenset({"fleet", "layout", "project"}),
     "tools": frozenset({"sops", "age", "mkpasswd", "hostkey", "tofu", "hetzner", "nixos_anywhere", "ssh", "tailnet"}),
-    "features": frozenset({"secrets", "provision", "install", "lockdown", "verify"}),
+    "features": frozenset({"secrets", "guard", "provision", "install", "lockdown", "verify"}),
     "workflow": frozenset({"workflow"}),
-    "surfaces": frozenset({"", "deploys", "pyinfra_plugin", "cli", "testing", "lab"}),
+    "surfaces": frozenset({"", "deploys", "pyinfra_plugin", "cli", "commands", "testing", "lab"}),
 }
 ORDER = list(LAYERS)
 

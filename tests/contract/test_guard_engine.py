@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from clawdlets_ops.errors import ToolMissingError
 from clawdlets_ops.guard import engine as engines
 from clawdlets_ops.guard import kingfisher
 from clawdlets_ops.guard.engine import Engine
@@ -50,7 +51,9 @@ def test_a_keyword_is_in_every_text_that_its_pattern_matches():
 @pytest.mark.skipif(not shutil.which("unshare"), reason="unshare is not there")
 def test_the_second_opinion_looks_at_everything_offline_and_shows_no_secret():
     runner = LocalRunner(os.environ)
-    if runner.which("kingfisher") is None:
+    try:
+        kingfisher.find(runner)
+    except ToolMissingError:
         pytest.skip("kingfisher is not installed")
     cases = [case for case in leaks() if case.content != b"canary\n" and len(case.content) < 100_000]
     ground = Ground(Engine())

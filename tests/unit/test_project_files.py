@@ -26,7 +26,7 @@ def _declared(name: str) -> list[str]:
 def _pins(name: str) -> dict[str, str]:
     """Version of each distribution in requirements/<name>.txt, by its normalised name."""
     text = (ROOT / f"requirements/{name}.txt").read_text()
-    return dict(re.findall(r"^([a-z0-9-]+)==(\S+) \\$", text, flags=re.MULTILINE))
+    return dict(re.findall(r"^([a-z0-9-]+)==(\S+)(?: ; [^\\\n]+)? \\$", text, flags=re.MULTILINE))
 
 
 def _run(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,146 @@
+"""The secrets that this project has on disk, as exact needles: found whatever they look like, in the forms they leak in."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from clawdlets_ops.layout import Layout
+from clawdlets_ops.sensitive import Secret
+
+MIN_CHARS = 12
+"""A shorter value would be found in ordinary text."""
+_NEEDLE_CHARS = 160  # of a longer secret its beginning is looked for
+_MAX_FILE_BYTES = 1 << 20
+_PLAIN_SETTINGS = frozenset(
+    {"HCLOUD_ENDPOINT", "CLAWDLETS_OPERATOR", "CLAWDLETS_SECRETS_FILE", "CLAWDLETS_TOOL_PATH", "TF_CLI_CONFIG_FILE"}
+)
+_COMMON_KEY_LINES = 1  # the first line of an OpenSSH key's body says only which kind it is
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A known secret. Reports name it and its digest only."""
+
+    name: str
+    value: Secret
+
+    @property
+    def digest(self) -> str:
+        """The first eight hex digits of its SHA-256."""
+        return hashlib.sha256(self.value.reveal().encode()).hexdigest()[:8]
+
+    @property
+    def size(self) -> int:
+        """Its length in characters."""
+        return len(self.value.reveal())
+
+    def forms(self) -> list[bytes]:
+        """Raw, base64 (three alignments, both alphabets), hex, URL- and JSON-escaped; each once, raw first."""
+        value = self.value.reveal()[:_NEEDLE_CHARS]
+        raw = value.encode()
+        forms = [raw]
+        for shift in range(3):
+            encoded = base64.b64encode(bytes(shift) + raw)
+            fixed = encoded[-(-shift * 8 // 6) : (shift + len(raw)) * 8 // 6]
+            forms += [fixed, fixed.translate(bytes.maketrans(b"+/", b"-_"))]
+        forms += [raw.hex().encode(), raw.hex().upper().encode()]
+        forms += [quote(value, safe="").encode(), quote(value, safe="/").encode()]
+        forms += [json.dumps(value)[1:-1].encode(), json.dumps(value, ensure_ascii=False)[1:-1].encode()]
+        return list(dict.fromkeys(forms))
+
+
+def known(layouts: Iterable[Layout], secrets_file: Path | None = None) -> tuple[list[Needle], list[str]]:
+    """The needles in the runtime directories, and what could not be read: an unreadable file is not an absent one."""
+    found: dict[str, Needle] = {}
+    faults: list[str] = []
+    for layout in layouts:
+        sources = [(layout.env_file, _from_env)]
+        sources += [(path, _from_key) for path in _files(layout.runtime / "keys", faults)]
+        sources += [(path, _from_key) for path in _files(layout.runtime / "extra-files", faults)]
+        values_file = secrets_file or _named_values_file(layout)
+        if values_file is not None:
+            sources.append((values_file, _from_json))
+        for path, read in sources:
+            try:
+                text = _read(path)
+            except FileNotFoundError:
+                continue
+            except (OSError, UnicodeDecodeError, ValueError) as error:
+                faults.append(f"{path}: {type(error).__name__}")
+                continue
+            label = str(path.relative_to(layout.root)) if path.is_relative_to(layout.root) else path.name
+            try:
+                for name, value in read(text):
+                    if len(value) >= MIN_CHARS:
+                        found.setdefault(value, Needle(f"{label}{name}", Secret(value, label)))
+            except ValueError:
+                faults.append(f"{path}: is not valid JSON")
+    return list(found.values()), faults
+
+
+def _named_values_file(layout: Layout) -> Path | None:
+    """The file that ``.clawdlets/env`` names for the values of secrets; that it cannot be read is told elsewhere."""
+    try:
+        lines = _read(layout.env_file).splitlines()
+    except (OSError, ValueError):
+        return None
+    names = [
+        value.strip() for key, _, value in (line.partition("=") for line in lines) if key == "CLAWDLETS_SECRETS_FILE"
+    ]
+    return layout.root / names[-1] if names else None
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise ValueError("is too large for a secret")
+    return path.read_text(encoding="utf-8")
+
+
+def _files(folder: Path, faults: list[str]) -> list[Path]:
+    """The regular files below ``folder``, none when it does not exist."""
+    found: list[Path] = []
+
+    def complain(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            faults.append(f"{error.filename}: cannot be listed")
+
+    for parent, folders, names in os.walk(folder, onerror=complain):
+        folders.sort()
+        found += [path for name in sorted(names) if not (path := Path(parent, name)).is_symlink()]
+    return found
+
+
+def _from_env(text: str) -> Iterator[tuple[str, str]]:
+    for line in text.splitlines():
+        key, separator, value = line.partition("=")
+        if separator and not line.lstrip().startswith("#") and key.strip() not in _PLAIN_SETTINGS:
+            yield f":{key.strip()}", value.strip().strip("\"'")
+
+
+def _from_key(text: str) -> Iterator[tuple[str, str]]:
+    """The lines of a key file; what sops has encrypted, and what is public, is no secret."""
+    if "ENC[AES256_GCM," in text or text.startswith(("ssh-", "ecdsa-", "age1")):
+        return
+    lines = [line.strip() for line in text.splitlines()]
+    body = [line for line in lines if line and not line.startswith(("#", "-----", "age1"))]
+    for number, line in enumerate(body[_COMMON_KEY_LINES:] if "-----BEGIN OPENSSH" in text else body, start=1):
+        yield f":{number}", line
+
+
+def _from_json(text: str) -> Iterator[tuple[str, str]]:
+    def leaves(name: str, value: object) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from leaves(f"{name}.{key}", part)
+        elif isinstance(value, str):
+            yield name, value
+
+    for name, value in leaves("", json.loads(text)):
+        yield f":{name[1:]}", value
