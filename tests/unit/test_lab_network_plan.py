@@ -349,13 +349,14 @@ def test_a_claim_without_a_lab_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_a_number_whose_addresses_are_in_use_is_left_alone(tmp_path: Path) -> None:
-    free = claimable(tmp_path, RoutesRunner(), folder=tmp_path / "claims")
+    checkout = Path("/a/checkout")  # fixed: its number is tried first, and the message is about that one
+    free = claimable(checkout, RoutesRunner(), folder=tmp_path / "claims")
     assert not (tmp_path / "claims").exists()
     taken = RoutesRunner(f"default via 192.0.2.1 dev eth0\n198.18.{free}.0/24 dev sp0 proto kernel scope link\n")
-    assert claimable(tmp_path, taken, folder=tmp_path / "claims") != free
+    assert claimable(checkout, taken, folder=tmp_path / "claims") != free
     vpn = RoutesRunner("local 100.64.3.4 dev tailscale0 table local\n100.64.0.0/10 dev tailscale0 table 52\n")
     with pytest.raises(LabError, match=r"100\.64\.0\.0/10"):
-        claimable(tmp_path, vpn, folder=tmp_path / "claims")
+        claimable(checkout, vpn, folder=tmp_path / "claims")
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
