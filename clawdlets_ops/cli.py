@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
@@ -62,19 +60,10 @@ clawdlets.add_command(secrets_commands.secrets)
 clawdlets.add_command(guard_commands.group(os.environ))
 
 
-def _with_project(function: Callable[..., Any]) -> Callable[..., Any]:
-    @click.pass_context
-    @wraps(function)
-    def wrapped(context: click.Context, /, *arguments: Any, **options: Any) -> Any:
-        return function(load_project(context.obj, os.environ), *arguments, **options)
-
-    return wrapped
-
-
 @clawdlets.command()
 @click.option("--host", "hosts", multiple=True, help="Default: every host of the fleet.")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
-@_with_project
+@secrets_commands.with_project
 def verify(project: Project, hosts: tuple[str, ...], form: str) -> None:
     """Check hosts against the security model, from inside and outside."""
     tools = workflow.tools_for(project)
@@ -102,7 +91,7 @@ def _print_findings(host: str, report: Report) -> None:
 @clawdlets.command()
 @click.argument("stage", type=click.Choice(workflow.STAGES))
 @click.option("--host", required=True)
-@_with_project
+@secrets_commands.with_project
 def plan(project: Project, stage: str, host: str) -> None:
     """Show what a stage would do to a host now; changes nothing."""
     click.echo(str(workflow.plan(stage, project, host, workflow.tools_for(project))))

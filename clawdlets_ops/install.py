@@ -49,7 +49,6 @@ class Seen:
     state: TargetState
     address: str = ""
     key: str = ""
-    over_tailnet: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,9 @@ def resume_phases(os_release: str, *, mounted: bool, system_laid: bool) -> tuple
     """The phases still to do, from how the target stands (facts: nixos-anywhere's phases are each repeatable from there)."""
     if "VARIANT_ID=installer" not in os_release.replace('"', ""):
         return nixos_anywhere.PHASES
-    if system_laid:
-        return ("install", "reboot")  # laying it again is safe and makes sure that it is whole
-    return ("install", "reboot") if mounted else ("disko", "install", "reboot")
+    if mounted or system_laid:
+        return ("install", "reboot")  # laying a system again is safe, and makes sure that it is whole
+    return ("disko", "install", "reboot")
 
 
 def refuse_unsuitable(host: str, declared: Host, *, machine: str, os_release: str) -> None:
@@ -163,7 +162,7 @@ def look(runner: Runner, host: str, *, server: Server | None, pin: str | None, i
     for address in _tailnet_addresses(runner, host) if pin else ():
         # Only the pinned key means anything here: a name in a tailnet is anybody's.
         if ssh.presented_key(address, timeout_s=ssh.LOOK_TIMEOUT_S) == pin:
-            return Seen(TargetState.INSTALLED, address, pin or "", over_tailnet=True)
+            return Seen(TargetState.INSTALLED, address, pin or "")
     for address in server.addresses.values():
         key = ssh.presented_key(address, timeout_s=ssh.LOOK_TIMEOUT_S)
         state = classify(key, pin=pin, installer_pin=installer_pin)

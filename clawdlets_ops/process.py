@@ -179,16 +179,13 @@ class LocalRunner:
             )
         redactor = command.redactor()
         log.debug("run %s (%s)", redactor.scrub(str(command)), command.why)
-        env = dict(self._environ)
-        for key, value in command.env.items():
-            env[key] = value.reveal() if isinstance(value, Secret) else value
         started = time.monotonic()
         deadline = started + command.timeout_s
         output: IO[bytes] | int = _private_log(command.log_file) if command.log_file else subprocess.PIPE
         try:
             process = subprocess.Popen(
                 [str(program), *command.argv[1:]],
-                env=env,
+                env=self._child_environ(command),
                 cwd=command.cwd,
                 stdin=subprocess.DEVNULL if command.stdin is None else subprocess.PIPE,
                 stdout=output,
@@ -215,6 +212,11 @@ class LocalRunner:
             duration_s=time.monotonic() - started,
         )
 
+    def _child_environ(self, command: Command) -> dict[str, str]:
+        """The inherited few and what the command adds, secrets in clear."""
+        added = {key: value.reveal() if isinstance(value, Secret) else value for key, value in command.env.items()}
+        return {**self._environ, **added}
+
     @contextlib.contextmanager
     def stream(self, command: Command) -> Iterator[IO[bytes]]:
         """Standard output as bytes while it is written: for what is no text, or more than memory should hold.
@@ -224,15 +226,12 @@ class LocalRunner:
         can wait for the other.
         """
         program = require_program(self, command.argv[0], f"install {command.argv[0]}")
-        env = dict(self._environ)
-        for key, value in command.env.items():
-            env[key] = value.reveal() if isinstance(value, Secret) else value
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as complaints:
             given.write(_stdin_bytes(command.stdin))
             given.seek(0)
             process = subprocess.Popen(
                 [str(program), *command.argv[1:]],
-                env=env,
+                env=self._child_environ(command),
                 cwd=command.cwd,
                 stdin=given,
                 stdout=subprocess.PIPE,

@@ -62,7 +62,7 @@ def recipients(text: str, *, where: str = "") -> set[str]:
 
 def _recipients(text: str, where: str) -> set[str]:
     document = _document(text, where)
-    if in_clear := [path for path, value in _leaves(document) if not _is_encrypted(value)]:
+    if in_clear := [path for path, value in leaves(document) if not _is_encrypted(value)]:
         raise UnreadableError(
             f"holds values in clear at {', '.join(in_clear)}",
             where=where,
@@ -115,7 +115,7 @@ class Sops:
         text = _read(source) if isinstance(source, Path) else source
         document = _document(text, where)
         # sops repeats a value that it cannot parse: whatever stands in clear must not get into its error's text
-        in_clear = [Secret(str(value), path) for path, value in _leaves(document) if not _is_encrypted(value)]
+        in_clear = [Secret(str(value), path) for path, value in leaves(document) if not _is_encrypted(value)]
         command = Command(
             [self.program, *_OPTIONS, "decrypt", "--input-type", "yaml", "--output-type", "json"],
             why=f"decrypt {where}",
@@ -169,15 +169,15 @@ def _is_age_list(entries: Any) -> bool:
     return isinstance(entries, list) and all(isinstance(entry, dict) and entry.get("recipient") for entry in entries)
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every scalar outside the metadata with its key path."""
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every scalar of a parsed file outside sops' own metadata, with its key path (``a.b[0]``)."""
     if isinstance(value, dict):
         for key, part in value.items():
             if path or key != "sops":
-                yield from _leaves(part, f"{path}.{key}" if path else str(key))
+                yield from leaves(part, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list):
         for index, part in enumerate(value):
-            yield from _leaves(part, f"{path}[{index}]")
+            yield from leaves(part, f"{path}[{index}]")
     else:
         yield path, value
 

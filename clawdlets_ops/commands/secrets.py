@@ -28,7 +28,9 @@ ENVIRON = "clawdlets_ops.environ"
 hosts_option = click.option("--host", "hosts", multiple=True, help="Default: every host of the fleet.")
 
 
-def _with_project(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_project(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the loaded project as its first argument."""
+
     @click.pass_context
     @wraps(function)
     def wrapped(context: click.Context, /, *arguments: Any, **options: Any) -> Any:
@@ -45,7 +47,7 @@ def secrets() -> None:
 @secrets.command("init")
 @click.option("--host", required=True)
 @click.option("--from-json", "source", default=None, help="A 0600 file with the values, or - for standard input.")
-@_with_project
+@with_project
 def secrets_init(project: Project, host: str, source: str | None) -> None:
     """Make a host's identity and encrypt its secrets; again, it changes nothing."""
     if source == "-":
@@ -68,7 +70,7 @@ def secrets_init(project: Project, host: str, source: str | None) -> None:
 @secrets.command("status")
 @hosts_option
 @click.option("--json", "as_json", is_flag=True)
-@_with_project
+@with_project
 def secrets_status(project: Project, hosts: tuple[str, ...], as_json: bool) -> None:
     """Which secrets each host needs, who reads them, and what is wrong; writes nothing.
 
@@ -86,7 +88,7 @@ def secrets_status(project: Project, hosts: tuple[str, ...], as_json: bool) -> N
 @secrets.command("reconcile")
 @hosts_option
 @click.option("--dry-run", is_flag=True, help="Show what would change.")
-@_with_project
+@with_project
 def secrets_reconcile(project: Project, hosts: tuple[str, ...], dry_run: bool) -> None:
     """Encrypt every file for exactly the declared readers, and remove what no host needs."""
     made = changes.reconcile(project, hosts, runner=LocalRunner(project.environ), dry_run=dry_run)
@@ -96,7 +98,7 @@ def secrets_reconcile(project: Project, hosts: tuple[str, ...], dry_run: bool) -
 @secrets.command("set")
 @click.argument("name")
 @click.option("--host", required=True)
-@_with_project
+@with_project
 def secrets_set(project: Project, name: str, host: str) -> None:
     """Give a secret its value, from standard input, or asked for without showing it.
 
@@ -114,7 +116,7 @@ def secrets_set(project: Project, name: str, host: str) -> None:
 @hosts_option
 @click.option("--operator", default=None, metavar="NAME")
 @click.option("--revoke", is_flag=True, help="With --operator: they read nothing any more.")
-@_with_project
+@with_project
 def secrets_rotate(
     project: Project, data_keys: bool, hosts: tuple[str, ...], operator: str | None, revoke: bool
 ) -> None:
@@ -141,7 +143,7 @@ def secrets_operator() -> None:
 
 
 @secrets_operator.command("add")
-@_with_project
+@with_project
 def secrets_operator_add(project: Project) -> None:
     """Make your key pair here, and the public half for the others; the private half never leaves this machine."""
     made = changes.add_operator(project, runner=LocalRunner(project.environ))

@@ -15,6 +15,7 @@ import yaml
 
 from clawdlets_ops import age
 from clawdlets_ops.errors import SecretsError
+from clawdlets_ops.sops import leaves
 
 MAX_BYTES = 16 * 1024 * 1024
 """A larger file is not judged, which is not the same as clean."""
@@ -108,7 +109,7 @@ def _is_public(text: str) -> bool:
 
 
 def _in_clear(document: dict[Any, Any], text: str) -> Iterator[Fault]:
-    paths = [path for path, value in _leaves(document) if value not in ("", None) and not _is_encrypted(value)]
+    paths = [path for path, value in leaves(document) if value not in ("", None) and not _is_encrypted(value)]
     if paths:
         shown = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
         yield Fault(
@@ -156,18 +157,6 @@ def _readers(path: str, metadata: Mapping[str, Any], declared: Declared | None) 
             f"can be read by {shown}, who is declared for it nowhere under secrets/keys",
             "run secrets reconcile, then replace the value: what was pushed stays readable to them",
         )
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, part in value.items():
-            if path or key != "sops":
-                yield from _leaves(part, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for index, part in enumerate(value):
-            yield from _leaves(part, f"{path}[{index}]")
-    else:
-        yield path, value
 
 
 def _is_encrypted(value: Any) -> bool:
