@@ -16,16 +16,15 @@ import click
 from clawdlets_ops import workflow
 from clawdlets_ops.commands import guard as guard_commands
 from clawdlets_ops.commands import secrets as secrets_commands
+from clawdlets_ops.commands import verify as verify_commands
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.files import write_atomic
-from clawdlets_ops.finding import Finding, State, exit_code
+from clawdlets_ops.finding import State, exit_code
 from clawdlets_ops.fleet import json_schema
 from clawdlets_ops.lab import control, doctor, faults, overview
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
-from clawdlets_ops.verify import host as verify_host
-from clawdlets_ops.verify.run import Report
 
 MARK = {State.PASS: "ok", State.FAIL: "FAIL", State.UNKNOWN: "unknown", State.NOT_APPLICABLE: "n/a"}
 
@@ -58,34 +57,7 @@ def clawdlets(context: click.Context, root: Path) -> None:
 
 clawdlets.add_command(secrets_commands.secrets)
 clawdlets.add_command(guard_commands.group(os.environ))
-
-
-@clawdlets.command()
-@click.option("--host", "hosts", multiple=True, help="Default: every host of the fleet.")
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
-@secrets_commands.with_project
-def verify(project: Project, hosts: tuple[str, ...], form: str) -> None:
-    """Check hosts against the security model, from inside and outside."""
-    tools = workflow.tools_for(project)
-    findings: list[Finding] = []
-    for host in hosts or tuple(project.fleet.hosts):
-        project.fleet.host(host)
-        report = verify_host.verify(project, host, runner=tools.runner, cloud=tools.cloud)
-        findings += report.findings
-        if form == "text":
-            _print_findings(host, report)
-    if form == "json":
-        click.echo(json.dumps([finding.as_json() for finding in findings], indent=2))
-    sys.exit(exit_code(findings))
-
-
-def _print_findings(host: str, report: Report) -> None:
-    click.echo(f"{host}: {report.summary}")
-    for finding in report.findings:
-        click.echo(f"  {MARK[finding.state]:7}  {finding.check:7}  {finding.observed}")
-        if finding.state in (State.FAIL, State.UNKNOWN):
-            click.echo(f"                    {finding.claim}\n                    → {finding.fix}")
-    click.echo(f"report: {report.report_html}")
+clawdlets.add_command(verify_commands.verify)
 
 
 @clawdlets.command()

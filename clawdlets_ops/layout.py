@@ -115,6 +115,11 @@ class Layout:
         """Verification reports and install receipts of one host."""
         return self.runtime / "reports" / host
 
+    @property
+    def fleet_reports(self) -> Path:
+        """Reports of verifications of the fleet as a whole; no host's name begins with a low line."""
+        return self.runtime / "reports" / "_fleet"
+
     def installer_pin(self, host: str) -> Path:
         """The host key that the fresh server showed when it was first met, until it is installed."""
         return self.runtime / "known_hosts" / f"{host}.installer"

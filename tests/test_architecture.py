@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "clawdlets_ops"
 
 LAYERS: dict[str, frozenset[str]] = {
-    "base": frozenset({"errors", "sensitive", "process", "files", "journal", "finding"}),
+    "base": frozenset({"errors", "sensitive", "process", "files", "journal", "finding", "sarif"}),
     "model": frozenset({"fleet", "layout", "project"}),
     "tools": frozenset({"sops", "age", "mkpasswd", "hostkey", "tofu", "hetzner", "nixos_anywhere", "ssh", "tailnet"}),
     "features": frozenset({"secrets", "guard", "provision", "install", "lockdown", "verify"}),

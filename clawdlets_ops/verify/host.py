@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,8 +16,9 @@ from clawdlets_ops.verify.expectation import build_expectation
 from clawdlets_ops.verify.run import Report, verify_host
 
 
-def verify(project: Project, host: str, *, runner: Runner, cloud: Cloud) -> Report:
-    """Run the suite against ``host``; VerifyError when there is no such server. A failed check is in the report."""
+def verify(project: Project, host: str, *, runner: Runner, cloud: Cloud, only: Sequence[str] = ()) -> Report:
+    """Run the suite against ``host``, or those checks of it that ``only`` names; VerifyError when there is no such server.
+    A failed check is in the report."""
     declared = project.fleet.host(host)
     server, firewall = cloud.server(host), cloud.firewall(provision.firewall_name(host))
     if server is None:
@@ -34,7 +36,8 @@ def verify(project: Project, host: str, *, runner: Runner, cloud: Cloud) -> Repo
         cloud=_as_observed(server, firewall),
     )
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
-    return verify_host(project, host, expectation, runner=runner, report_dir=project.layout.reports(host) / stamp)
+    folder = project.layout.reports(host) / stamp
+    return verify_host(project, host, expectation, runner=runner, report_dir=folder, only=only)
 
 
 def _as_observed(server: Server, firewall: Firewall | None) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         "--expectation", action="append", default=[], metavar="FILE", help="What must hold on a host; repeatable."
     )
     group.addoption("--findings", default=None, metavar="FILE", help="Where to write all findings (JSON, 0600).")
+    group.addoption("--only", action="append", default=[], metavar="ID", help="Only this check; repeatable.")
     group.addoption(
         "--search-path", default=SEARCH_PATH, metavar="PATH", help="Where ssh and the vantages' programs are."
     )
@@ -70,6 +71,7 @@ class Verification:
         self._evidence: dict[str, HostEvidence] = {}
         self._collected: dict[str, pytest.Item] = {}
         self._found: dict[str, tuple[State, str]] = {}
+        self._seconds: dict[str, float] = {}
         self.observed: dict[str, list[str]] = {}
 
     def evidence(self, expected: dict[str, Any]) -> HostEvidence:
@@ -84,7 +86,13 @@ class Verification:
             metafunc.parametrize("expected", self.expectations, ids=hosts, indirect=True, scope="session")
 
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        only = set(config.getoption("--only"))
+        if unheard := only - {_entry(item).get("id") for item in items}:
+            raise pytest.UsageError(f"--only {', '.join(sorted(unheard))}: there is no such check")
+        if only:
+            config.hook.pytest_deselected(items=[item for item in items if _entry(item).get("id") not in only])
+            items[:] = [item for item in items if _entry(item).get("id") in only]
         # Refused logins come last: a host may well shut us out after a few of them.
         items.sort(key=lambda item: "attempt" in getattr(item, "fixturenames", ()))
         self._collected = {item.nodeid: item for item in items}
@@ -94,6 +102,7 @@ class Verification:
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
+        self._seconds[item.nodeid] = self._seconds.get(item.nodeid, 0.0) + call.duration
         state, text = self._judge(item, call)
         if state is not None:
             known = self._found.get(item.nodeid)
@@ -125,7 +134,7 @@ class Verification:
         if self._findings_file:
             document = {
                 "findingsVersion": FINDINGS_VERSION,
-                "findings": [{**finding.as_json(), "severity": severity} for finding, severity in findings],
+                "findings": [{**finding.as_json(), **more} for finding, more in findings],
                 "exposure": {host: one.exposure for host, one in self._evidence.items() if one.measured},
                 "evidence": {
                     host: {"sha256": one.facts_sha256, "facts": one.raw_facts} for host, one in self._evidence.items()
@@ -157,7 +166,7 @@ class Verification:
             f"the check broke: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}",
         )
 
-    def _finding(self, nodeid: str, item: pytest.Item) -> tuple[Finding, str]:
+    def _finding(self, nodeid: str, item: pytest.Item) -> tuple[Finding, dict[str, Any]]:
         state, observed = self._found.get(nodeid, (State.UNKNOWN, "was not run"))
         entry = _entry(item)
         given = item.callspec.params.get("expected") if hasattr(item, "callspec") else None
@@ -171,7 +180,9 @@ class Verification:
             vantage=_vantage_text(entry.get("vantage", "host"), expected) if expected else "",
             fix=entry.get("fix", "") if state in (State.FAIL, State.UNKNOWN) else "",
         )
-        return finding, str(entry.get("severity", "medium"))
+        # The first check that asks for the host's evidence is the one that waits for it.
+        seconds = round(self._seconds.get(nodeid, 0.0), 4)
+        return finding, {"severity": str(entry.get("severity", "medium")), "durationS": seconds}
 
 
 def read_expectation(path: Path) -> dict[str, Any]:

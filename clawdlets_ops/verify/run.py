@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,11 +48,13 @@ def verify_host(
     *,
     runner: Runner,
     report_dir: Path,
+    only: Sequence[str] = (),
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Report:
     """Judge ``host`` by ``expectation`` and write the report into ``report_dir`` (0700, its files 0600).
 
-    VerifyError when the suite could not be run at all; a host that cannot be reached is a report full of unknowns.
+    ``only`` names the checks to make; none means all. VerifyError when the suite could not be run at all; a host that
+    cannot be reached is a report full of unknowns.
     """
     started, at = time.monotonic(), now()
     ensure_dir(report_dir)
@@ -60,7 +62,7 @@ def verify_host(
     findings_file = report_dir / "findings.json"
     findings_file.unlink(missing_ok=True)
     write_atomic(report_dir / "expectation.json", json.dumps(expected, indent=2) + "\n")
-    status = _run_suite(project, runner, report_dir, findings_file, host)
+    status = _run_suite(project, runner, report_dir, findings_file, host, only)
     found = _read_findings(findings_file, host, report_dir)
     findings = tuple(_finding(entry) for entry in found["findings"])
     code = exit_code(findings)
@@ -151,7 +153,9 @@ def _git(root: Path, why: str, *words: str, stdin: str | None = None) -> Command
     return Command(["git", "-C", root, *words], why, timeout_s=GIT_TIMEOUT_S, stdin=stdin)
 
 
-def _run_suite(project: Project, runner: Runner, report_dir: Path, findings_file: Path, host: str) -> int:
+def _run_suite(
+    project: Project, runner: Runner, report_dir: Path, findings_file: Path, host: str, only: Sequence[str]
+) -> int:
     """Run pytest and return its exit status; what it says goes to ``pytest.log``."""
     package_root = Path(__file__).resolve().parents[2]
     command = Command(
@@ -163,6 +167,7 @@ def _run_suite(project: Project, runner: Runner, report_dir: Path, findings_file
             *("--expectation", report_dir / "expectation.json", "--findings", findings_file),
             *("--junitxml", report_dir / "junit.xml"),
             *("--search-path", project.environ.get("PATH", "")),
+            *(word for ident in only for word in ("--only", ident)),
         ],
         f"verify {host}",
         env={"PYTHONPATH": str(package_root), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},

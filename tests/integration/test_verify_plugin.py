@@ -142,6 +142,15 @@ def test_the_exit_status(root: Path, tmp_path: Path, chosen: str, exit_code: int
     assert run_plugin(root, tmp_path, CHECKS, "-k", chosen)[0].exit_code == exit_code
 
 
+def test_only_the_checks_that_were_named(root: Path, tmp_path: Path) -> None:
+    result, found = run_plugin(root, tmp_path, CHECKS, "--only", "A-1", "--only", "A-4")
+    assert [finding["check"] for finding in found["findings"]] == ["A-1", "A-4"], result.stdout
+    assert result.exit_code == 0
+    result, found = run_plugin(root, tmp_path, CHECKS, "--only", "A-1", "--only", "A-77")
+    assert result.exit_code == pytest.ExitCode.USAGE_ERROR
+    assert "A-77: there is no such check" in result.stderr
+
+
 def test_a_module_that_cannot_be_imported_is_not_passed(root: Path, tmp_path: Path) -> None:
     assert run_plugin(root, tmp_path, "import there_is_no_such_module\n")[0].exit_code == 2
 

@@ -163,7 +163,8 @@ class TestTheFirstDay:
         ]
 
     def test_verify_passes_from_inside_and_outside(self, project: LabProject) -> None:
-        findings = json.loads(project.run("clawdlets", "verify", "--host", "alpha", "--format", "json").stdout)
+        said_by_verify = project.run("clawdlets", "verify", "--host", "alpha", "--format", "json").stdout
+        findings = json.loads(said_by_verify)["findings"]
         states = {finding["check"]: finding["state"] for finding in findings}
         assert {
             "SSH-01",
@@ -301,7 +302,8 @@ def test_killed_in_every_stage_a_rerun_converges(tmp_path_factory: pytest.TempPa
             process.kill()
             process.communicate()
         said = project.bootstrap()
-        findings = json.loads(project.run("clawdlets", "verify", "--host", "alpha", "--format", "json").stdout)
+        said_by_verify = project.run("clawdlets", "verify", "--host", "alpha", "--format", "json").stdout
+        findings = json.loads(said_by_verify)["findings"]
         assert {finding["state"] for finding in findings} <= {"pass", "not-applicable"}, said
         settings = project.settings()
         client = hcloud.Client(token=settings["HCLOUD_TOKEN"], api_endpoint=settings["HCLOUD_ENDPOINT"], timeout=10)

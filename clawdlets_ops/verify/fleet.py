@@ -1,0 +1,160 @@
+"""Verifies several hosts at once and reports on all of them: a page, JSON, SARIF, JUnit, and the operator's signature."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from clawdlets_ops.errors import ClawdletsError
+from clawdlets_ops.files import ensure_dir, write_atomic
+from clawdlets_ops.finding import Finding, State, exit_code
+from clawdlets_ops.hetzner import Cloud
+from clawdlets_ops.process import Runner
+from clawdlets_ops.project import Project
+from clawdlets_ops.verify import catalogue, fleet_report, signature
+from clawdlets_ops.verify import host as one_host
+from clawdlets_ops.verify.run import Report
+
+FLEET_REPORT_VERSION = 1
+PARALLEL = 4
+NOT_RUN = "RUN-01"
+
+
+@dataclass(frozen=True)
+class FleetReport:
+    """A verification of several hosts. ``document`` is what ``report.json`` holds; ``unsigned`` says why there is no
+    signature. ``exit_code``: 0 all passed, 1 something failed, 2 something is unknown."""
+
+    document: Mapping[str, Any]
+    folder: Path
+    exit_code: int
+    signature: Path | None
+    unsigned: str
+
+    @property
+    def page(self) -> Path:
+        """The report for people."""
+        return self.folder / "report.html"
+
+
+def verify_fleet(
+    project: Project,
+    hosts: Sequence[str],
+    *,
+    runner: Runner,
+    cloud: Cloud,
+    only: Sequence[str] = (),
+    parallel: int = PARALLEL,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> FleetReport:
+    """Verify ``hosts``, ``parallel`` at a time, and write the report below ``.clawdlets/reports/_fleet`` (0700, files 0600).
+
+    ``only`` names checks in any case; VerifyError for one that does not exist, FleetError for such a host. A host that
+    could not be verified at all is a finding of the state unknown, and does not keep the others from being verified.
+    """
+    checks = catalogue.catalogue()
+    wanted = tuple(dict.fromkeys(catalogue.find(ident, checks).id for ident in only))
+    for host in hosts:
+        project.fleet.host(host)
+    started, at = time.monotonic(), now()
+
+    def judge(host: str) -> Report | ClawdletsError:
+        try:
+            return one_host.verify(project, host, runner=runner, cloud=cloud, only=wanted)
+        except ClawdletsError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=max(1, min(parallel, len(hosts)))) as pool:
+        outcomes = dict(zip(hosts, pool.map(judge, hosts), strict=True))
+    folder = project.layout.fleet_reports / at.strftime("%Y%m%dT%H%M%S%fZ")
+    before = newest(project.layout.fleet_reports)
+    ensure_dir(folder)
+    document = _document(outcomes, wanted, before, folder, at=at, duration_s=time.monotonic() - started)
+    write_atomic(folder / "report.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(folder / "report.html", fleet_report.page(document, checks))
+    write_atomic(folder / "report.sarif", fleet_report.sarif(document, checks) + "\n")
+    write_atomic(folder / "junit.xml", fleet_report.junit(document))
+    signed, why = _sign(project, hosts, folder / "report.json", runner)
+    return FleetReport(document, folder, document["exitCode"], signed, why)
+
+
+def newest(folder: Path) -> dict[str, Any] | None:
+    """The last report of the fleet that can be read, None without one."""
+    for path in sorted(folder.glob("*/report.json"), reverse=True):
+        try:
+            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(document, dict) and document.get("fleetReportVersion") == FLEET_REPORT_VERSION:
+            return document
+    return None
+
+
+def changes(before: Mapping[str, Any] | None, findings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Which checks came out otherwise than in ``before``: ``{host, check, was, now}``. Those made only once are left out."""
+    was = {(one["host"], one["check"]): one["state"] for one in before["findings"]} if before else {}
+    return [
+        {"host": one["host"], "check": one["check"], "was": was[one["host"], one["check"]], "now": one["state"]}
+        for one in findings
+        if was.get((one["host"], one["check"]), one["state"]) != one["state"]
+    ]
+
+
+def _document(
+    outcomes: Mapping[str, Report | ClawdletsError],
+    only: Sequence[str],
+    before: Mapping[str, Any] | None,
+    folder: Path,
+    *,
+    at: datetime,
+    duration_s: float,
+) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    findings: list[dict[str, Any]] = []
+    for host, outcome in outcomes.items():
+        if isinstance(outcome, ClawdletsError):
+            lost = Finding(
+                check=NOT_RUN,
+                state=State.UNKNOWN,
+                claim="The host can be verified at all.",
+                host=host,
+                observed=outcome.what,
+                vantage="this machine",
+                fix=outcome.fix,
+            )
+            findings.append({**lost.as_json(), "severity": "critical", "durationS": 0.0})
+            rows.append({"host": host, "summary": outcome.what, "mode": "", "evidenceSha256": "", "page": ""})
+        else:
+            one = json.loads(outcome.report_json.read_text(encoding="utf-8"))
+            findings += one["findings"]
+            page = Path("..") / ".." / host / outcome.report_html.parent.name / outcome.report_html.name
+            rows.append({**{key: one[key] for key in ("host", "summary", "mode", "evidenceSha256")}, "page": str(page)})
+    states = [Finding(one["check"], State(one["state"]), one["claim"]) for one in findings]
+    return {
+        "fleetReportVersion": FLEET_REPORT_VERSION,
+        "at": at.isoformat(timespec="seconds"),
+        "run": folder.name,
+        "durationS": round(duration_s, 3),
+        "exitCode": exit_code(states),
+        "summary": fleet_report.summary(len(rows), findings),
+        "only": list(only),
+        "hosts": rows,
+        "findings": findings,
+        "comparedWith": before["run"] if before else None,
+        "changes": changes(before, findings),
+    }
+
+
+def _sign(project: Project, hosts: Sequence[str], path: Path, runner: Runner) -> tuple[Path | None, str]:
+    """With the key that logs in at the first host; a fleet has one operator at a time."""
+    try:
+        identity = project.ssh_identity_file(hosts[0])
+    except ClawdletsError as error:
+        return None, error.what
+    return signature.sign(path, identity, runner=runner)
