@@ -101,10 +101,25 @@ def tailnet_addresses(runner: Runner, host: str, declared: Host) -> dict[int, st
     if declared.target_host:
         address = declared.target_host.rpartition("@")[2]
         return {6 if ":" in address else 4: address}
-    if declared.tailnet.mode == "none" or runner.which("tailscale") is None:
-        return {}
-    peer = tailnet.find_peer(runner, host)
+    peer = tailnet_peer(runner, host, declared)
     return peer.addresses if peer else {}
+
+
+def tailnet_peer(runner: Runner, host: str, declared: Host) -> tailnet.Peer | None:
+    """The host as this machine's tailscale sees it; None when it is not seen, or cannot be asked."""
+    if declared.tailnet.mode == "none" or runner.which("tailscale") is None:
+        return None
+    return tailnet.find_peer(runner, host)
+
+
+def refuse_short_lived(host: str, peer: tailnet.Peer | None, *, now: datetime) -> None:
+    """LockdownError when the node's key is about to run out: the tailnet would then be no way in. Pure."""
+    if peer is not None and peer.key_expiry is not None and peer.key_expiry - now < tailnet.MIN_KEY_LIFE:
+        raise LockdownError(
+            f"its key on the tailnet runs out at {peer.key_expiry:%Y-%m-%d %H:%M} UTC; nothing was closed",
+            where=host,
+            fix="disable the node's key expiry in the admin console, or give it a tag, and run again",
+        )
 
 
 def apply(
@@ -124,6 +139,8 @@ def apply(
         if declared.ssh_exposure.mode != "tailnet":
             return _open_as_declared(project, host, declared, runner=runner, server=server, base=base)
         addresses = _wait_for_tailnet(project, runner, host, declared, say)
+        if not declared.target_host:
+            refuse_short_lived(host, tailnet_peer(runner, host, declared), now=datetime.now(UTC))
         inside = base.at(next(iter(addresses.values())))
         for _ in range(2):
             status = read_status(inside)

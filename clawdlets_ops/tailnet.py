@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from clawdlets_ops.errors import ClawdletsError, UnreachableError
 from clawdlets_ops.process import Command, Runner
 
 STATUS_TIMEOUT_S = 15.0
+MIN_KEY_LIFE = timedelta(days=30)
+"""A node whose key runs out sooner is about to leave the tailnet: nothing else is closed because of it."""
 
 
 @dataclass(frozen=True)

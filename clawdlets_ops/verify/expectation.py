@@ -24,6 +24,7 @@ from clawdlets_ops.layout import (
 )
 from clawdlets_ops.project import Vantage
 from clawdlets_ops.secrets.plan import Need, needs
+from clawdlets_ops.tailnet import MIN_KEY_LIFE, Peer
 
 EXPECTATION_VERSION = 1
 ADMIN = "admin"
@@ -51,12 +52,14 @@ def build_expectation(
     identity_file: str,
     vantages: Sequence[Vantage],
     cloud: Mapping[str, Any] | None,
+    node: Peer | None = None,
 ) -> dict[str, Any]:
     """The document for one host.
 
     ``public`` and ``tailnet`` map a family (4, 6) to an address; ``pin`` and ``admin_keys`` are public key lines; ``cloud``
     is what the API shows: ``{"server": {name, status, labels}, "firewalls": [{name, status, "rules": [{direction,
-    protocol, port, sourceIps}]}]}``, None when it could not be asked. VerifyError when there is no address to log in at.
+    protocol, port, sourceIps}]}]}``, None when it could not be asked; ``node`` is the host as the operator's tailscale sees
+    it. VerifyError when there is no address to log in at.
     """
     network = "tailnet" if mode == "tailnet" else "public"
     addresses = tailnet if mode == "tailnet" else public
@@ -99,6 +102,8 @@ def build_expectation(
             "allowUdpIngress": declared.tailnet.allow_udp_ingress,
             "interface": TAILSCALE_INTERFACE,
             "udpPort": TAILSCALE_UDP_PORT,
+            "minKeyLifeDays": MIN_KEY_LIFE.days,
+            "node": {"keyExpiry": node.key_expiry.isoformat() if node.key_expiry else None} if node else None,
         },
         "egress": {"mode": declared.egress.mode, "droppedTcpPorts": list(DROPPED_TCP_PORTS)},
         "hostKeys": [_path(one) for one in (HOST_AGE_KEY_DIR, HOST_AGE_KEY, SSH_HOST_KEY, SSH_HOST_PUBLIC_KEY)],

@@ -34,6 +34,7 @@ def verify(project: Project, host: str, *, runner: Runner, cloud: Cloud, only: S
         identity_file=str(project.ssh_identity_file(host)),
         vantages=project.vantages,
         cloud=_as_observed(server, firewall),
+        node=lockdown.tailnet_peer(runner, host, declared),
     )
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
     folder = project.layout.reports(host) / stamp

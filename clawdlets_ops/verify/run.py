@@ -58,7 +58,7 @@ def verify_host(
     """
     started, at = time.monotonic(), now()
     ensure_dir(report_dir)
-    expected = {**expectation, "git": git_evidence(project.layout.root, runner=runner)}
+    expected = {**expectation, "asOf": at.isoformat(), "git": git_evidence(project.layout.root, runner=runner)}
     findings_file = report_dir / "findings.json"
     findings_file.unlink(missing_ok=True)
     write_atomic(report_dir / "expectation.json", json.dumps(expected, indent=2) + "\n")

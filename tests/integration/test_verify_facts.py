@@ -17,6 +17,7 @@ import pytest
 
 from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.process import Command, LocalRunner
+from clawdlets_ops.tailnet import Peer
 from clawdlets_ops.verify.expectation import build_expectation
 from clawdlets_ops.verify.suite.reading import Fault, Unknown, parse_frames
 
@@ -43,6 +44,13 @@ set -eu
 work=$1 profile=$2
 mount --make-rprivate /
 ip link set lo up
+ip link add eth0 type veth peer name far
+ip link set eth0 up
+ip link set far up
+ip address add 198.18.7.10/24 dev eth0
+ip -6 address add 2001:2:0:70a::1/64 dev eth0 nodad
+ip route add default dev eth0
+ip -6 route add default dev eth0
 cp -a /etc "$work/etc"
 mount --bind "$work/etc" /etc
 mount -t tmpfs tmpfs /run
@@ -118,10 +126,12 @@ def small_host(root: Path, folder: Path, *, change: str = ":") -> tuple[str, dic
         identity_file="/nowhere",
         vantages=(),
         cloud=None,
+        node=Peer("alpha", {4: "100.64.7.10"}, online=True),
     )
+    expected["asOf"] = "2026-11-22T10:00:00+00:00"
     facts = {"problem": None, "network": "tailnet", "address": "100.64.7.10", "sections": parse_frames(printed, NONCE)}
     results = {}
-    for module in ("test_ssh", "test_exposure", "test_files"):
+    for module in ("test_ssh", "test_exposure", "test_network", "test_files"):
         found = importlib.import_module(f"clawdlets_ops.verify.suite.{module}")
         for name, function in inspect.getmembers(found, inspect.isfunction):
             wanted = inspect.signature(function).parameters
@@ -138,8 +148,8 @@ def small_host(root: Path, folder: Path, *, change: str = ":") -> tuple[str, dic
     return printed, results
 
 
-# systemd, sudo and a listening sshd are not there: what is about them must be unknown.
-UNSEEN = {"SSH-02", "SSH-07", "SSH-08"}
+# systemd, sudo, a listening sshd, a session and a metadata service are not there: what is about them must be unknown.
+UNSEEN = {"SSH-02", "SSH-07", "SSH-08", "EXP-06", "EXP-07", "TS-02", "UD-04"}
 
 
 @pytest.fixture
@@ -176,8 +186,11 @@ def test_the_facts_of_a_good_host_satisfy_the_suite_and_hold_no_secret(root: Pat
         ),
         ({"SSH-06"}, "cp /etc/ssh/ssh_host_ed25519_key.pub /etc/ssh/authorized_keys.d/root"),
         ({"EXP-03"}, "nft add rule inet clawdlets input ip6 saddr 2001:db8::/32 tcp dport 22 accept"),
-        ({"EXP-03", "EGR-01"}, "nft flush ruleset"),
-        ({"EGR-01"}, "nft flush chain inet clawdlets output"),
+        ({"EXP-03", "EGR-01", "EGR-02", "EGR-03"}, "nft flush ruleset"),
+        ({"EGR-01", "EGR-03"}, "nft flush chain inet clawdlets output"),
+        ({"EGR-02"}, "nft flush chain inet clawdlets forward"),
+        ({"EGR-01", "EGR-03"}, "nft insert rule inet clawdlets output ip6 daddr 2000::/3 accept"),
+        ({"SSH-10"}, "sed -i 's/^MACs .*/&,hmac-sha1/' /etc/ssh/sshd_config"),
         ({"FS-01"}, "chmod 0440 /var/lib/sops-nix/key.txt"),
         ({"FS-01", "FS-04"}, "chmod 0711 /var/lib/sops-nix; chmod 0404 /var/lib/sops-nix/key.txt"),
         ({"FS-02"}, "cp -a /var/lib/clawdlets/secrets/hosts/alpha /var/lib/clawdlets/secrets/hosts/beta"),

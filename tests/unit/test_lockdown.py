@@ -1,11 +1,13 @@
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from clawdlets_ops.errors import LockdownError, UnreachableError
 from clawdlets_ops.fleet import Host, parse_fleet
-from clawdlets_ops.lockdown import HostExposure, parse_status, plan, tailnet_addresses
+from clawdlets_ops.lockdown import HostExposure, parse_status, plan, refuse_short_lived, tailnet_addresses
+from clawdlets_ops.tailnet import Peer
 from clawdlets_ops.testing import FakeRunner
 
 KEY_LINE = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPV7Xv1d2Vf1g3mOZx0KxV0uQb9i3kJt5m6o7p8q9r0s canary@example"
@@ -84,3 +86,16 @@ def test_a_declared_target_host_wins_over_what_tailscale_says(target: str, found
 def test_an_operator_off_the_tailnet_is_an_error_not_an_absent_host() -> None:
     with pytest.raises(UnreachableError):
         tailnet_addresses(status({}, state="Stopped"), "alpha", declared())
+
+
+def test_a_node_whose_key_is_about_to_run_out_closes_nothing() -> None:
+    now = datetime(2026, 11, 22, tzinfo=UTC)
+
+    def node(days: float | None) -> Peer:
+        return Peer("alpha", {4: "100.64.0.2"}, online=True, key_expiry=now + timedelta(days=days) if days else None)
+
+    refuse_short_lived("alpha", node(None), now=now)
+    refuse_short_lived("alpha", node(30), now=now)
+    refuse_short_lived("alpha", None, now=now)
+    with pytest.raises(LockdownError, match="2026-12-21 23:59 UTC; nothing was closed"):
+        refuse_short_lived("alpha", node(29.9999), now=now)

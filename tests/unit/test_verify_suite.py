@@ -13,6 +13,7 @@ import pytest
 
 from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.project import Vantage
+from clawdlets_ops.tailnet import Peer
 from clawdlets_ops.verify.expectation import build_expectation, fingerprint
 from clawdlets_ops.verify.suite.reading import Fault, NotApplicable, Unknown, parse_frames
 
@@ -40,12 +41,14 @@ FLEET = {
         }
     },
 }
-SUITE = ("test_ssh", "test_exposure", "test_files", "test_repository")
+SUITE = ("test_ssh", "test_exposure", "test_network", "test_files", "test_repository")
 IDS = {
-    *(f"SSH-0{number}" for number in range(1, 10)),
-    *(f"EXP-0{number}" for number in range(1, 6)),
-    *("TS-01", "UDP-01", "FS-01", "FS-02", "FS-03", "FS-04", "EGR-01", "STO-04", "GIT-01"),
+    *(f"SSH-{number:02}" for number in range(1, 11)),
+    *(f"EXP-0{number}" for number in range(1, 8)),
+    *("TS-01", "TS-02", "TS-03", "UDP-01", "EGR-01", "EGR-02", "EGR-03", "UD-04"),
+    *("FS-01", "FS-02", "FS-03", "FS-04", "STO-04", "GIT-01"),
 }
+AS_OF = "2026-11-22T10:00:00+00:00"
 
 SECRETS = ["admin_password_hash", "breakglass_password_hash", "discord_token", "shared", "tailscale_auth_key"]
 ENCRYPTED = "/var/lib/clawdlets/secrets/hosts/alpha"
@@ -90,13 +93,14 @@ def make_expected(mode: str = "tailnet", **changes: Any) -> dict[str, Any]:
         admin_keys=(ADMIN_KEY,),
         identity_file="/nowhere/key",
         vantages=VANTAGES,
+        node=Peer("alpha", TAILNET, online=True),
         cloud={
             "server": {"name": "alpha", "status": "running", "labels": {}},
             "firewalls": [{"name": "alpha-edge", "status": "applied", "rules": rules}],
         },
     )
     ignored = {"path": ".clawdlets/x", "source": ".gitignore", "pattern": "/.clawdlets/", "tracked": True}
-    return {**expected, "git": {"checkout": True, "problem": None, "paths": [ignored]}}
+    return {**expected, "asOf": AS_OF, "git": {"checkout": True, "problem": None, "paths": [ignored]}}
 
 
 def nft_rule(chain: str, *expr: Any) -> dict[str, Any]:
@@ -127,10 +131,12 @@ def good_ruleset() -> list[dict[str, Any]]:
         {"table": {"family": "inet", "name": "clawdlets"}},
         base_chain("input", "drop"),
         base_chain("output", "accept"),
+        base_chain("forward", "accept"),
         nft_rule("input", match(IIF, "lo"), ACCEPT),
         nft_rule("input", match({"ct": {"key": "state"}}, ["established", "related"], "in"), ACCEPT),
         nft_rule("input", match({"meta": {"key": "l4proto"}}, {"set": ["icmp", "ipv6-icmp"]}), ACCEPT),
         nft_rule("input", match(IIF, "tailscale0"), match(DPORT, 22), ACCEPT),
+        nft_rule("forward", match(DPORT, MAIL), COUNTER, DROP),
         nft_rule("output", match(OIF, "lo"), ACCEPT),
         nft_rule("output", match(DPORT, MAIL), COUNTER, DROP),
     ]
@@ -196,7 +202,12 @@ def good_sections() -> dict[str, str]:
         "listen-tcp": 'LISTEN 0 128 0.0.0.0:22 0.0.0.0:* users:(("sshd",pid=88,fd=3))\n'
         'LISTEN 0 128 [::]:22 [::]:* users:(("sshd",pid=88,fd=4))\n'
         'LISTEN 0 64 127.0.0.1:3128 0.0.0.0:* users:(("squid",pid=9,fd=3))',
+        "sshd-crypto": "ciphers aes256-gcm@openssh.com,aes128-ctr\nmacs hmac-sha2-256-etm@openssh.com\nkexalgorithms curve25519-sha256",
         "listen-udp": "",
+        "survivors": "100.64.7.10:22 100.64.7.1:40022\n[fd7a:115c:a1e0:7::a]:22 [fd7a:115c:a1e0:7::1]:40024",
+        "tailscale-self": "absent",
+        "metadata": "admin closed\nbot-maren closed\nbot-otto closed\nnobody closed\nroot open",
+        "mail-out": "192.0.2.1 dropped 4\n2001:db8::1 dropped 5",
         "nft": json.dumps({"nftables": good_ruleset()}),
         "tailscale": "absent",
         "files": "\n".join(files),
@@ -406,9 +417,26 @@ FAULTS: list[tuple[str, str, Callable[[World], None]]] = [
     ("EXP-02", "no status", lambda world: world["expected"]["cloud"]["firewalls"][0].pop("status")),
     ("EXP-03", "on every interface", edit_rules(lambda objects: objects.append(nft_rule("input", match(DPORT, 22), ACCEPT)))),
     ("EXP-03", "on eth0", edit_rules(lambda objects: objects.append(nft_rule("input", match(IIF, "ens3"), match(DPORT, {"range": [20, 30]}), ACCEPT)))),
-    ("EXP-03", "policy accept", edit_rules(lambda objects: objects[2]["chain"].update(policy="accept"))),
-    ("EXP-03", "from some", edit_rules(lambda objects: objects.append(nft_rule("input", match({"payload": {"protocol": "ip6", "field": "saddr"}}, "2001:db8::1"), ACCEPT)))),
-    ("EXP-03", "closed on the tailnet too", edit_rules(lambda objects: objects.pop(7))),
+    ("EXP-03", "from some on eth0", edit_rules(lambda objects: objects.append(nft_rule("input", match(IIF, "eth0"), match({"payload": {"protocol": "ip6", "field": "saddr"}}, "2001:db8::1"), ACCEPT)))),
+    ("EXP-03", "closed on the tailnet too", edit_rules(lambda objects: objects.pop(8))),
+    ("EXP-06", "docker's redirection", edit_rules(lambda objects: objects.append(nft_rule("prerouting", match(DPORT, 8080), {"dnat": {"addr": "172.17.0.2", "port": 80}})))),
+    ("EXP-06", "a port that is let in", lambda world: (appended("listen-tcp", 'LISTEN 0 5 *:8443 *:* users:(("python3",pid=5,fd=3))')(world), edit_rules(lambda objects: objects.append(nft_rule("input", match(IIF, "eth0"), match(DPORT, 8443), ACCEPT)))(world))),
+    ("EXP-07", "a session from before", appended("survivors", "198.18.7.10:22 198.18.0.9:51000")),
+    ("EXP-07", "a session from before on IPv6", appended("survivors", "[2001:2:0:70a::1]:22 [2001:2::9]:51000")),
+    ("EXP-07", "as a mapped address", appended("survivors", "[::ffff:198.18.7.10]:22 [::ffff:198.18.0.9]:51000")),
+    ("TS-02", "all of the tailnet", edit_rules(lambda objects: objects.append(nft_rule("input", match(IIF, "tailscale0"), ACCEPT)))),
+    ("TS-02", "one port more", edit_rules(lambda objects: objects.append(nft_rule("input", match(IIF, "tailscale0"), match(DPORT, 8080), ACCEPT)))),
+    ("TS-03", "the operator sees it run out", lambda world: world["expected"]["tailnet"].update(node={"keyExpiry": "2026-12-01T00:00:00+00:00"})),
+    ("TS-03", "the host sees it run out", text_edit("tailscale-self", "absent", '"BackendState": "Running",\n"KeyExpiry": "2026-11-23T00:00:00.123456789Z"')),
+    ("TS-03", "logged out", text_edit("tailscale-self", "absent", '"BackendState": "NeedsLogin"')),
+    ("SSH-10", "CBC", text_edit("sshd-crypto", "aes128-ctr", "aes128-cbc")),
+    ("SSH-10", "SHA-1", text_edit("sshd-crypto", "hmac-sha2-256-etm@openssh.com", "hmac-sha2-256-etm@openssh.com,hmac-sha1")),
+    ("SSH-10", "group 1", text_edit("sshd-crypto", "curve25519-sha256", "curve25519-sha256,diffie-hellman-group1-sha1")),
+    ("EGR-02", "output alone", edit_rules(lambda objects: objects.pop(9))),
+    ("EGR-02", "from docker0 only", edit_rules(lambda objects: objects[9]["rule"]["expr"].insert(0, match(IIF, "docker0")))),
+    ("EGR-03", "it answered", appended("mail-out", "192.0.2.1 587 open")),
+    ("EGR-03", "dropped elsewhere", text_edit("mail-out", "2001:db8::1 dropped 5", "2001:db8::1 dropped 0")),
+    ("UD-04", "a bot", text_edit("metadata", "bot-maren closed", "bot-maren open")),
     ("EXP-04", "stranger", cell("stranger", 4, "yes")),
     ("EXP-04", "operator", cell("operator", 4, "yes")),
     ("EXP-05", "stranger", cell("stranger", 6, "yes")),
@@ -469,7 +497,8 @@ def test_a_seeded_fault_turns_exactly_its_check_red(check: str, seed: Callable[[
 # A fault that more than one claim is about, and no more than those.
 WIDE: list[tuple[set[str], str, Callable[[World], None]]] = [
     ({"EXP-01", "EXP-02", "UDP-01"}, "no firewall", lambda world: world["expected"]["cloud"].update(firewalls=[])),
-    ({"EXP-03", "EGR-01"}, "rules for IPv4 only", edit_rules(v4_only)),
+    ({"EXP-03", "TS-02", "EGR-01", "EGR-02"}, "rules for IPv4 only", edit_rules(v4_only)),
+    ({"EXP-03", "TS-02"}, "policy accept", edit_rules(lambda objects: objects[2]["chain"].update(policy="accept"))),
     ({"FS-01", "FS-04"}, "nobody reads the age key", text_edit("isolation", "nobody /var/lib/sops-nix/key.txt denied", "nobody /var/lib/sops-nix/key.txt ok")),
     ({"FS-03", "FS-04", "STO-04"}, "nothing was decrypted", text_edit("files", "777 root root symbolic link 16 /run/secrets\n", "absent /run/secrets\n")),
     ({"FS-02", "STO-04"}, "a link in the place of a file", text_edit("files", f"400 root root regular file 900 {ENCRYPTED}/shared.yaml", f"777 root root symbolic link 40 {ENCRYPTED}/shared.yaml")),
@@ -493,12 +522,17 @@ SECTION_READERS = {
     "sshd-config": {"SSH-01", "SSH-05", "SSH-06"},
     "sshd-unit": {"SSH-02"},
     "authorized-keys": {"SSH-06"},
-    "listen-tcp": {"SSH-07"},
+    "sshd-crypto": {"SSH-10"},
+    "listen-tcp": {"SSH-07", "EXP-06", "TS-02"},
+    "survivors": {"EXP-07"},
+    "tailscale-self": {"TS-03"},
+    "metadata": {"UD-04"},
+    "mail-out": {"EGR-03"},
     "tailscale": {"SSH-07"},
     "shadow": {"SSH-08"},
     "sudo": {"SSH-08"},
     "host-keys": {"SSH-09"},
-    "nft": {"EXP-03", "EGR-01"},
+    "nft": {"EXP-03", "EXP-06", "TS-02", "EGR-01", "EGR-02"},
     "files": {"FS-01", "FS-02", "FS-03", "FS-04", "STO-04"},
     "secrets": {"FS-03", "FS-04", "STO-04"},
     "encrypted": {"FS-02"},
@@ -616,7 +650,7 @@ def test_an_open_bootstrap_window_is_always_a_failure() -> None:
     cell("operator", 6, "yes")(world)
     results = run_suite(world)
     assert with_state(results, "fail") == {"EXP-01", "EXP-04", "EXP-05"}
-    assert with_state(results, "not-applicable") == {"EXP-03"}
+    assert with_state(results, "not-applicable") == {"EXP-03", "EXP-07"}
 
 
 def test_a_public_host_is_reached_by_the_operator_alone() -> None:
@@ -644,8 +678,34 @@ def test_what_is_not_claimed_is_not_applicable() -> None:
     world["expected"]["git"] = {"checkout": False, "problem": None, "paths": []}
     del world["expected"]["addresses"]["public"]["6"]
     results = run_suite(world)
-    assert with_state(results, "not-applicable") == {"EXP-03", "EXP-05", "TS-01", "EGR-01", "GIT-01"}
+    assert with_state(results, "not-applicable") == {
+        *("EXP-03", "EXP-05", "EXP-07", "TS-01", "TS-02", "TS-03", "EGR-01", "EGR-02", "EGR-03", "GIT-01")
+    }
     assert results["UDP-01"][0] == "fail"  # the rule is still there
+
+
+def test_nobody_but_the_operator_sees_the_node_and_then_nobody() -> None:
+    world = good_world()
+    world["expected"]["tailnet"]["node"] = {"keyExpiry": "2027-11-22T00:00:00+00:00"}
+    assert run_suite(world)["TS-03"] == ("pass", "the node's key is good for 364 days, says the operator's tailscale")
+    world["expected"]["tailnet"]["node"] = None
+    assert run_suite(world)["TS-03"][0] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("check", "seed"),
+    [
+        ("UD-04", text_edit("metadata", "root open", "root closed")),
+        ("EXP-07", lambda world: world["facts"]["sections"]["survivors"].update(text="")),
+        ("EGR-03", text_edit("mail-out", "2001:db8::1 dropped 5", "2001:db8::1 unreachable")),
+        ("TS-03", text_edit("tailscale-self", "absent", '"BackendState": "Running",\n"KeyExpiry": "soon"')),
+    ],
+)
+def test_a_control_that_fails_is_unknown(check: str, seed: Callable[[World], None]) -> None:
+    world = good_world()
+    seed(world)
+    assert with_state(run_suite(world), "fail", "unknown") == {check}
+    assert run_suite(world)[check][0] == "unknown"
 
 
 def test_frames_of_another_nonce_are_only_text() -> None:

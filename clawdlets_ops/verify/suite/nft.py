@@ -33,7 +33,7 @@ _ABSENT, _OPEN = _Absent(), _Open()
 @dataclass(frozen=True)
 class Packet:
     """The first packet of a TCP connection, to ``port``. ``interface`` is where it comes in (hook input) or goes out
-    (hook output)."""
+    (hook output); a forwarded packet (hook forward) leaves open where it comes from and goes to."""
 
     family: int
     interface: str
@@ -43,6 +43,8 @@ class Packet:
     def field(self, left: Any) -> Any:
         """What the left side of a match is for this packet."""
         match left:
+            case {"meta": {"key": "iifname" | "iif" | "oifname" | "oif"}} if self.hook == "forward":
+                return _OPEN
             case {"meta": {"key": "iifname" | "iif"}}:
                 return self.interface if self.hook == "input" else ""
             case {"meta": {"key": "oifname" | "oif"}}:
@@ -113,6 +115,15 @@ def judge(objects: Sequence[Mapping[str, Any]], packet: Packet) -> list[Verdict]
 def surely_dropped(verdicts: Iterable[Verdict]) -> bool:
     """Whether the packet cannot get through."""
     return any(verdict.outcomes == {DROP} for verdict in verdicts)
+
+
+def redirections(objects: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the ruleset sends packets on to another address or port than they came for, as ``family table chain``."""
+    return [
+        f"{rule['family']} {rule['table']} {rule['chain']}"
+        for rule in (item["rule"] for item in objects if "rule" in item)
+        if any(kind in statement for statement in rule.get("expr", ()) for kind in ("dnat", "redirect", "tproxy"))
+    ]
 
 
 def interfaces(objects: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -141,6 +141,38 @@ def sshd_settings(facts: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, l
     return found
 
 
+@dataclass(frozen=True)
+class Listener:
+    """A listening TCP socket: ``address`` as ss prints it, without brackets or scope; ``programs`` that hold it."""
+
+    address: str
+    port: int
+    programs: tuple[str, ...]
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only the host itself can reach it."""
+        return self.address.startswith("127.") or self.address in ("::1", "::ffff:127.0.0.1")
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.programs) or 'something'} on {self.address}:{self.port}"
+
+
+def listeners(facts: Mapping[str, Any]) -> list[Listener]:
+    """Every listening TCP socket of the host (``ss -Hltnp``)."""
+    found = []
+    for line in section(facts, "listen-tcp").splitlines():
+        words = line.split()
+        if not words:
+            continue
+        address, _, port = words[3].rpartition(":") if len(words) > 3 else ("", "", "")
+        if not port.isdigit():
+            raise Unknown(f"a line of ss is not understood: {line[:200]!r}")
+        programs = tuple(dict.fromkeys(re.findall(r'\("([^"]+)"', line)))
+        found.append(Listener(address.partition("%")[0].strip("[]"), int(port), programs))
+    return found
+
+
 def ruleset(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The objects of ``nft -j list ruleset``."""
     try:

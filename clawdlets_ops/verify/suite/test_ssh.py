@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .reading import Fault, NotApplicable, Unknown, section, settle, sshd_settings
+from .reading import Fault, NotApplicable, Unknown, listeners, section, settle, sshd_settings
 
 Observe = Callable[[str], None]
 Attempt = Callable[[str, str], Mapping[str, Any]]
@@ -21,6 +21,7 @@ MUST_BE_NO = (
     "gssapiauthentication",
     "permitemptypasswords",
 )
+WEAK = re.compile(r"cbc|3des|arcfour|blowfish|cast128|md5|sha1|ripemd|umac-64|group1-")
 REMOTE_SHELLS = (
     "sshd",
     "dropbear",
@@ -186,21 +187,14 @@ def test_no_second_door(expected: dict[str, Any], facts: dict[str, Any], observe
     """No other program that lets people in, and no Tailscale SSH, which passes sshd by."""
     port = expected["ssh"]["port"]
     faults, doors = [], 0
-    for line in section(facts, "listen-tcp").splitlines():
-        if not line.strip():
-            continue
-        words = line.split()
-        number = words[3].rpartition(":")[2] if len(words) > 3 else ""
-        if not number.isdigit():
-            raise Unknown(f"a line of ss is not understood: {line[:200]!r}")
-        programs = re.findall(r'\("([^"]+)"', line)
-        if int(number) == port and not programs:
-            raise Unknown(f"ss does not say who listens on {words[3]}")
-        for program in programs:
-            if program == "sshd" and int(number) == port:
+    for one in listeners(facts):
+        if one.port == port and not one.programs:
+            raise Unknown(f"ss does not say who listens on {one.address}:{port}")
+        for program in one.programs:
+            if program == "sshd" and one.port == port:
                 doors += 1
-            elif program in REMOTE_SHELLS or int(number) == port:
-                faults.append(f"{program} listens on {words[3]}")
+            elif program in REMOTE_SHELLS or one.port == port:
+                faults.append(f"{program} listens on {one.address}:{one.port}")
     prefs = section(facts, "tailscale").strip()
     if prefs != "absent" and "false" not in prefs:
         faults.append("Tailscale SSH is on")
@@ -309,6 +303,23 @@ def test_host_identity_is_pinned(
     if not presented:
         raise Unknown("no host key was shown to the client")
     observe(seen)
+
+
+@pytest.mark.check(
+    id="SSH-10",
+    severity="low",
+    claim=KEY_ONLY,
+    fix="services.openssh.settings: Ciphers, Macs and KexAlgorithms without CBC, SHA-1, MD5 and 64-bit tags",
+)
+def test_no_weak_algorithms(facts: dict[str, Any], observe: Observe) -> None:
+    """The ciphers, MACs and key exchanges that sshd would agree to."""
+    found = dict(line.split(maxsplit=1) for line in section(facts, "sshd-crypto").splitlines() if " " in line)
+    if missing := {"ciphers", "macs", "kexalgorithms"} - found.keys():
+        raise Unknown(f"sshd -T did not say: {', '.join(sorted(missing))}")
+    offered = {kind: names.split(",") for kind, names in found.items()}
+    faults = [f"{kind}: {name}" for kind, names in sorted(offered.items()) for name in names if WEAK.search(name)]
+    counts = ", ".join(f"{len(names)} {kind}" for kind, names in sorted(offered.items()))
+    observe(settle(faults, f"none is weak: {counts}"))
 
 
 @pytest.mark.check(

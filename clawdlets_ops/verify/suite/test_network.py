@@ -1,0 +1,224 @@
+"""What else of the host can be reached, what can still reach out, and whether the tailnet stays a way in."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from .nft import DROP, Packet, interfaces, judge, redirections, surely_dropped
+from .reading import Listener, NotApplicable, Unknown, listeners, ruleset, section, settle
+from .test_exposure import EGRESS, HOST_FIREWALL
+
+Observe = Callable[[str], None]
+
+USER_DATA = "Threat model MUST assume user_data can be read by anyone with Hetzner project/API access."
+# Tailscale's address ranges: tailscale.com/kb/1015.
+TAILNETS = (ipaddress.ip_network("100.64.0.0/10"), ipaddress.ip_network("fd7a:115c:a1e0::/48"))
+COMMON_PORTS = (80, 443, 2222, 3128, 8080)
+
+
+def let_in(objects: list[dict[str, Any]], interface: str, ports: Iterable[int]) -> list[str]:
+    """Those of ``ports`` for which a first packet on ``interface`` is not surely dropped, with the family."""
+    return [
+        f"tcp/{port} on {interface} over IPv{family}"
+        for port in ports
+        for family in (4, 6)
+        if not surely_dropped(judge(objects, Packet(family, interface, port)))
+    ]
+
+
+def other_listeners(expected: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Listener]:
+    """What listens beyond loopback, besides sshd; Unknown when not even sshd is seen to listen."""
+    found, port = listeners(facts), expected["ssh"]["port"]
+    if not any(one.port == port for one in found):
+        raise Unknown(f"nobody was seen on port {port}, so the list of listeners proves nothing")
+    return [one for one in found if one.port != port and not one.loopback]
+
+
+@pytest.mark.check(
+    id="EXP-06",
+    severity="critical",
+    claim=HOST_FIREWALL,
+    fix="let the service listen on 127.0.0.1, or drop its port on every interface but the tailnet's; no DNAT, no published ports",
+)
+def test_nothing_else_is_published(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
+    """Every listening TCP socket against the ruleset in force, and every rule that sends packets elsewhere."""
+    objects, others = ruleset(facts), other_listeners(expected, facts)
+    elsewhere = sorted(interfaces(objects) - {"lo", expected["tailnet"]["interface"], ""} | {"eth0"})
+    faults = [
+        f"{one} can be reached: {place}"
+        for one in others
+        for interface in elsewhere
+        for place in let_in(objects, interface, (one.port,))
+    ]
+    faults += [f"{place} sends incoming packets elsewhere" for place in redirections(objects)]
+    seen = f"{len(others)} other listeners beyond loopback, none let in; nothing is redirected"
+    observe(settle(faults, seen))
+
+
+@pytest.mark.check(
+    id="EXP-07",
+    severity="high",
+    claim="Public SSH is temporary (bootstrap only; controlled by sshExposure.mode).",
+    fix="end the old sessions (ss -K on the host), and close the operator's shared connections",
+)
+def test_no_session_survives_from_before(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
+    """Who is logged in over SSH now: a connection from before lockdown goes on when the rule is gone."""
+    if expected["mode"] != "tailnet":
+        raise NotApplicable(f"sshExposure.mode is {expected['mode']}")
+    peers = []
+    for line in section(facts, "survivors").splitlines():
+        try:
+            peers.append(_address(line.split()[-1]))
+        except (IndexError, ValueError):
+            raise Unknown(f"a line of ss is not understood: {line[:200]!r}") from None
+    if not peers:
+        raise Unknown("not even our own session was seen")
+    strangers = sorted({str(peer) for peer in peers if not any(peer in net for net in TAILNETS)})
+    observe(settle([f"a session from {peer}" for peer in strangers], f"{len(peers)} sessions, all over the tailnet"))
+
+
+@pytest.mark.check(
+    id="TS-02",
+    severity="medium",
+    claim=HOST_FIREWALL,
+    fix="networking.firewall.interfaces.tailscale0 with port 22 alone; trustedInterfaces without tailscale0",
+)
+def test_the_tailnet_reaches_ssh_alone(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
+    """The ruleset for packets from the tailnet, for every port that something listens on and some that others use."""
+    if expected["tailnet"]["mode"] == "none":
+        raise NotApplicable("tailnet.mode is none")
+    objects = ruleset(facts)
+    ports = sorted({one.port for one in other_listeners(expected, facts)} | set(COMMON_PORTS))
+    faults = let_in(objects, expected["tailnet"]["interface"], ports)
+    observe(settle(faults, f"{len(ports)} other ports are dropped on {expected['tailnet']['interface']}"))
+
+
+@pytest.mark.check(
+    id="TS-03",
+    severity="high",
+    claim="Public SSH is temporary (bootstrap only; controlled by sshExposure.mode).",
+    fix="disable the node's key expiry (a tagged node has none), or log it in again, before it drops off the tailnet",
+)
+def test_the_host_stays_on_the_tailnet(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
+    """When the node's key runs out: after lockdown that would be the end of every way in."""
+    if expected["tailnet"]["mode"] == "none":
+        raise NotApplicable("tailnet.mode is none")
+    said = section(facts, "tailscale-self")
+    if said.strip() != "absent":
+        state = re.search(r'"BackendState":\s*"([^"]*)"', said)
+        expiry = re.search(r'"KeyExpiry":\s*"([^"]*)"', said)
+        if state is None:
+            raise Unknown("tailscale did not say its state")
+        settle([] if state[1] == "Running" else [f"tailscale is {state[1]} on the host"], "")
+        until, who = (expiry[1] if expiry else None), "the host"
+    elif (node := expected["tailnet"].get("node")) is not None:
+        until, who = node["keyExpiry"], "the operator's tailscale"
+    else:
+        raise Unknown("neither the host nor the operator's tailscale could be asked")
+    if until is None:
+        observe(f"the node's key does not run out, says {who}")
+        return
+    left = _moment(until) - _moment(expected["asOf"])
+    enough = timedelta(days=expected["tailnet"]["minKeyLifeDays"])
+    faults = [] if left >= enough else [f"the node's key runs out in {left.days} days, at {until}"]
+    observe(settle(faults, f"the node's key is good for {left.days} days, says {who}"))
+
+
+@pytest.mark.check(
+    id="EGR-02",
+    severity="high",
+    claim=EGRESS,
+    fix="the same drop in a chain on the forward hook: containers' packets never pass through output",
+)
+def test_mail_ports_are_dropped_for_containers_too(
+    expected: dict[str, Any], facts: dict[str, Any], observe: Observe
+) -> None:
+    """Forwarded packets to mail ports on both families, wherever they come from."""
+    if expected["egress"]["mode"] == "none":
+        raise NotApplicable("egress.mode is none")
+    objects = ruleset(facts)
+    faults = []
+    for port in expected["egress"]["droppedTcpPorts"]:
+        for family in (4, 6):
+            verdicts = judge(objects, Packet(family, "", port, hook="forward"))
+            if not any(verdict.outcomes == {DROP} for verdict in verdicts):
+                faults.append(f"tcp/{port} may be forwarded over IPv{family}")
+    observe(settle(faults, "forwarded packets to mail ports are dropped, on IPv4 and IPv6"))
+
+
+@pytest.mark.check(
+    id="EGR-03",
+    severity="high",
+    claim=EGRESS,
+    fix="look at EGR-01; a drop upstream is not ours: only a counter that moves shows that this host's rule works",
+)
+def test_mail_does_not_go_out(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
+    """Real attempts from the host to mail ports of addresses that are nobody's, and whether the rule's counter moved."""
+    if expected["egress"]["mode"] == "none":
+        raise NotApplicable("egress.mode is none")
+    attempts = len(expected["egress"]["droppedTcpPorts"])
+    faults, unknown, seen = [], [], []
+    for line in section(facts, "mail-out").splitlines():
+        address, *words = line.split()
+        family = 6 if ":" in address else 4
+        match words:
+            case [port, "open"]:
+                faults.append(f"{address} answered on tcp/{port}")
+            case ["unreachable"]:
+                if str(family) in expected["addresses"]["public"]:
+                    unknown.append(f"the host has no way out over IPv{family}")
+                seen.append(f"no way out over IPv{family}")
+            case ["dropped", number] if number.isdigit():
+                if int(number) < attempts:
+                    faults.append(
+                        f"{number} of {attempts} attempts over IPv{family} were dropped by a rule that counts"
+                    )
+                seen.append(f"{number} packets dropped over IPv{family}")
+            case _:
+                raise Unknown(f"a line is not understood: {line[:200]!r}")
+    text = settle(faults, "; ".join(seen))
+    if unknown or len(seen) < 2:
+        raise Unknown("; ".join(unknown) or "not both families were tried")
+    observe(text)
+
+
+@pytest.mark.check(
+    id="UD-04",
+    severity="high",
+    claim=USER_DATA,
+    fix="nft: in the output hook, ip daddr 169.254.169.254 meta skuid != 0 drop",
+)
+def test_workloads_do_not_reach_the_metadata_service(facts: dict[str, Any], observe: Observe) -> None:
+    """Real connections to 169.254.169.254 as every service user, admin and nobody; root's is the control."""
+    tried = dict(line.split() for line in section(facts, "metadata").splitlines() if len(line.split()) == 2)
+    others = sorted(user for user in tried if user != "root")
+    seen = settle(
+        [f"{user} reaches the metadata service" for user in others if tried[user] != "closed"],
+        f"{', '.join(others)} do not reach it; root does",
+    )
+    if tried.get("root") != "open":
+        raise Unknown("root did not reach the metadata service either, so it proves nothing that others did not")
+    if not others:
+        raise Unknown("nobody but root tried")
+    observe(seen)
+
+
+def _address(end: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address of ``address:port`` as ss prints it; ValueError."""
+    address = ipaddress.ip_address(end.rpartition(":")[0].strip("[]").partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _moment(text: str) -> datetime:
+    """A time of RFC 3339; Unknown when it is none. Go prints more digits of a second than Python reads."""
+    try:
+        found = datetime.fromisoformat(re.sub(r"\.\d+", "", text).replace("Z", "+00:00"))
+    except ValueError:
+        raise Unknown(f"not a time: {text[:60]!r}") from None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
