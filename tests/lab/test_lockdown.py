@@ -67,6 +67,20 @@ class Bench:
         assert firewall is not None
         return [(rule.protocol, rule.port) for rule in firewall.rules]
 
+    def public_session(self) -> subprocess.Popen[str]:
+        """Somebody who is logged in over the internet and stays."""
+        address = next(one for family, one in self.server.addresses.items() if family == 4)
+        identity = self.project.ssh_identity_file("alpha")
+        options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "BatchMode=yes", "LogLevel=ERROR")
+        words = [word for option in options for word in ("-o", option)]
+        session = subprocess.Popen(
+            ["ssh", "-F", "/dev/null", *words, "-i", str(identity), f"{ADMIN}@{address}", "echo in; sleep 600"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert session.stdout is not None
+        assert session.stdout.readline() == "in\n"
+        return session
+
     def open_everything_behind_our_back(self) -> None:
         client = hcloud.Client(
             token=self.project.token.reveal(), api_endpoint=self.project.hcloud_endpoint, timeout=10, poll_interval=0.05
@@ -169,8 +183,12 @@ def test_a_locked_host_opens_again_when_it_is_declared_so_and_closes_again(bench
         project.run("pyinfra", "-y", "inventory/lab.py", f"deploys/{stage}.py")
     assert (bench.reach("operator"), bench.reach("stranger")) == ("yes", "no")
     assert project.run("clawdlets", "verify", "--host", "alpha").returncode == 0
+    stale = bench.public_session()
     declare("tailnet")
     project.run("pyinfra", "-y", "inventory/lab.py", "deploys/lockdown.py")
+    # Both firewalls are stateful and would let it go on; lockdown ends it.
+    stale.communicate(timeout=30)
+    assert stale.returncode != 0
     assert (bench.reach("operator"), bench.reach("stranger"), bench.reach("member", 6)) == ("no", "no", "yes")
 
 
