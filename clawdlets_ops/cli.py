@@ -58,6 +58,7 @@ def clawdlets(context: click.Context, root: Path) -> None:
 clawdlets.add_command(secrets_commands.secrets)
 clawdlets.add_command(guard_commands.group(os.environ))
 clawdlets.add_command(verify_commands.verify)
+clawdlets.add_command(verify_commands.watch)
 
 
 @clawdlets.command()

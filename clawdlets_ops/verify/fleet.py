@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from clawdlets_ops.verify.run import Report
 
 FLEET_REPORT_VERSION = 1
 PARALLEL = 4
+REPORTS_KEPT = 100
 NOT_RUN = "RUN-01"
 
 
@@ -80,8 +82,17 @@ def verify_fleet(
     write_atomic(folder / "report.html", fleet_report.page(document, checks))
     write_atomic(folder / "report.sarif", fleet_report.sarif(document, checks) + "\n")
     write_atomic(folder / "junit.xml", fleet_report.junit(document))
+    for one in (project.layout.fleet_reports, *map(project.layout.reports, hosts)):
+        _prune(one)
     signed, why = _sign(project, hosts, folder / "report.json", runner)
     return FleetReport(document, folder, document["exitCode"], signed, why)
+
+
+def _prune(folder: Path) -> None:
+    """Keep the newest reports; what else is in the folder stays."""
+    stamped = sorted(path for path in folder.glob("[0-9]*T[0-9]*Z") if path.is_dir() and not path.is_symlink())
+    for path in stamped[:-REPORTS_KEPT]:
+        shutil.rmtree(path)
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
