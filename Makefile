@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 PY := .venv/bin/python
 TESTFLAGS ?=
 
-.PHONY: help setup venv tools base demo test lint bench lock clean
+.PHONY: help setup venv tools base tailnet demo test lint bench lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,10 +27,14 @@ tools: ## only OpenTofu and the hcloud provider
 base: venv ## only the lab's base image
 	@tools/prepare base
 
+tailnet: ## headscale and tailscaled for the lab, whose tailnet is a stand-in without them (six minutes the first time)
+	@tools/prepare tailnet
+
 demo: setup ## the whole workflow on the lab: declared fleet to verified, locked-down host, with no cloud account
 	@$(PY) -m clawdlets_ops.lab.demo
 
 test: setup lint ## lint, then every tier of tests that this machine can run; TESTFLAGS goes to pytest
+	@tools/prepare tailnet || echo 'tailnet: not built; the tests that need it are skipped and the lab has its stand-in'
 	@$(PY) -m pytest $(TESTFLAGS)
 
 lint: venv ## ruff (rules and format) and mypy --strict
