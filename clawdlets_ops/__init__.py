@@ -2,11 +2,11 @@
 
 The layers; imports point left only, and ``tests/test_architecture.py`` holds that::
 
-    base      errors sensitive process files journal finding
+    base      errors sensitive command process files journal finding lines
     model     fleet layout project
     tools     sops age mkpasswd hostkey tofu hetzner nixos_anywhere ssh tailnet     (siblings never import each other)
-    features  secrets/ guard/ provision install lockdown verify/                    (plan is pure, apply is thin)
-    workflow  workflow                                                              (the order of the stages)
+    features  secrets/ guard/ provision install/ lockdown verify/ runs/              (plan is pure, apply is thin)
+    workflow  workflow rollout/                                                     (the order of the stages; many hosts)
     surfaces  cli commands/ deploys pyinfra_plugin/ testing lab/
 
 The public names below are looked up when they are first asked for: importing one module does not load the clients of all.

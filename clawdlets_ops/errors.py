@@ -8,6 +8,7 @@ ClawdletsError
 │   └── CommandTimeout    … or did not end in time
 ├── SecretsError          a secret is absent, wrong or a placeholder  (where: file)
 │   └── UnreadableError   it is there and cannot be decrypted: never the same as absent
+├── SyncError             a host did not take what it was sent; says which set is active there
 ├── CloudError            the Hetzner API said no, or something else than expected
 ├── PlanRefused           an OpenTofu plan would do more than its stage is about
 ├── InstallRefused        the target must not be installed as it is
@@ -70,6 +71,10 @@ class SecretsError(ClawdletsError):
 
 class UnreadableError(SecretsError):
     """A secret is there and cannot be decrypted. Never treated as absent, never overwritten."""
+
+
+class SyncError(ClawdletsError):
+    """A host did not take the secrets or keys it was sent. The message says which set is active there now."""
 
 
 class CloudError(ClawdletsError):

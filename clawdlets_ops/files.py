@@ -9,7 +9,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clawdlets_ops.errors import BusyError, SettingsError
@@ -98,11 +98,20 @@ def sweep_temporaries(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, what: str, wait_s: float = 0.0, sleep: Callable[[float], None] = time.sleep) -> Iterator[int]:
+def locked(
+    path: Path,
+    *,
+    what: str,
+    wait_s: float = 0.0,
+    holder: str = "",
+    refuse_living: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[int]:
     """Hold an exclusive lock on ``path`` and yield its file descriptor; BusyError when it is not free within ``wait_s``.
 
     Give the descriptor to a child (``Command.keep_fds``) and the lock lives as long as the child, even when we are
-    killed: whoever comes next waits for what is still running instead of working against it.
+    killed: whoever comes next waits for what is still running instead of working against it. ``holder`` is written into
+    the file, for the one who has to wait. With ``refuse_living`` only what a dead process left running is waited for.
     """
     ensure_dir(path.parent)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
@@ -113,16 +122,36 @@ def locked(path: Path, *, what: str, wait_s: float = 0.0, sleep: Callable[[float
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() >= deadline:
+                who, pid = _holder(fd)
+                if time.monotonic() >= deadline or (refuse_living and _lives(pid)):
                     raise BusyError(
-                        f"{what} is still being worked on by another process",
+                        f"{what} is still being worked on by {who or 'another process'}",
                         where=str(path),
                         fix="wait for it to end (a killed run leaves its tofu or nixos-anywhere at work), then run again",
                     ) from None
                 sleep(0.2)
+        with suppress(OSError):  # a full disk: the lock holds, only its holder has no name
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()} {holder or f'process {os.getpid()}'}\n".encode(), 0)
         yield fd
     finally:
         os.close(fd)  # not LOCK_UN: a child that inherited the descriptor keeps the lock
+
+
+def _holder(fd: int) -> tuple[str, int]:
+    """Who wrote themselves into a lock file, and their process id; 0 when it cannot be read."""
+    pid, _, who = os.pread(fd, 512, 0).decode(errors="replace").strip().partition(" ")
+    return who, int(pid) if pid.isascii() and pid.isdigit() else 0
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return pid > 0
 
 
 def _sync_dir(folder: Path) -> None:

@@ -51,6 +51,18 @@ class Layout:
         """The public half of the host's age key (0644): recipients can be checked without any private key."""
         return self.secrets_dir / "keys" / "hosts" / f"{host}.age.pub"
 
+    def host_next_age_key_file(self, host: str) -> Path:
+        """The age key that a rotation is bringing to the host, encrypted to the operators only."""
+        return self.secrets_dir / "keys" / "next" / f"{host}.agekey.yaml"
+
+    def host_next_age_public_key(self, host: str) -> Path:
+        """The public half of that (0644): while it is there, the host's secrets are for both keys."""
+        return self.secrets_dir / "keys" / "next" / f"{host}.age.pub"
+
+    def host_old_age_public_key(self, host: str) -> Path:
+        """The public half of the key that a rotation has replaced and that the host may still hold (0644)."""
+        return self.secrets_dir / "keys" / "old" / f"{host}.age.pub"
+
     def host_ssh_key_file(self, host: str) -> Path:
         """The host's private SSH host key, encrypted to the operators only."""
         return self.secrets_dir / "keys" / "hosts" / f"{host}.ssh_host_ed25519_key.yaml"
@@ -108,7 +120,7 @@ class Layout:
 
     @property
     def runs(self) -> Path:
-        """Run journals (JSON lines)."""
+        """A folder for each run: ``events.jsonl``, a log for each host, ``report.html``."""
         return self.runtime / "runs"
 
     def reports(self, host: str) -> Path:
@@ -123,6 +135,14 @@ class Layout:
     def installer_pin(self, host: str) -> Path:
         """The host key that the fresh server showed when it was first met, until it is installed."""
         return self.runtime / "known_hosts" / f"{host}.installer"
+
+    def install_dir(self, host: str) -> Path:
+        """What an installation needs while it is under way: pins, the ssh that enforces them, private folders."""
+        return self.runtime / "install" / host
+
+    def install_receipt(self, host: str) -> Path:
+        """What was installed, when, from where, with which tools."""
+        return self.reports(host) / "install-receipt.json"
 
     @property
     def lab(self) -> Path:
@@ -151,6 +171,7 @@ HOST_AGE_KEY_DIR = OnServer(PurePosixPath("/var/lib/sops-nix"), 0o700, "root", "
 SSH_HOST_KEY = OnServer(PurePosixPath("/etc/ssh/ssh_host_ed25519_key"), 0o600, "root", "root")
 SSH_HOST_PUBLIC_KEY = OnServer(PurePosixPath("/etc/ssh/ssh_host_ed25519_key.pub"), 0o644, "root", "root")
 INSTALL_MARKER = OnServer(PurePosixPath("/var/lib/clawdlets/install.json"), 0o644, "root", "root")
+INSTALL_RECEIPT = OnServer(PurePosixPath("/var/lib/clawdlets/install-receipt.json"), 0o644, "root", "root")
 SECRETS_WIRING = OnServer(PurePosixPath("/var/lib/clawdlets/secrets-wiring.json"), 0o644, "root", "root")
 RUN_SECRETS = PurePosixPath("/run/secrets")
 CLF_RUN_DIR = OnServer(PurePosixPath("/run/clf"), 0o750, "root", "clf-bots", "directory")

@@ -6,7 +6,6 @@ No other module imports ``subprocess``; ``tests/test_architecture.py`` holds tha
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import selectors
@@ -18,127 +17,39 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from types import FrameType
+from typing import IO, Protocol
 
+from clawdlets_ops.command import TAIL_LINES, Command, Result
 from clawdlets_ops.errors import CommandError, CommandTimeout, ToolMissingError
+from clawdlets_ops.lines import Lines
 from clawdlets_ops.sensitive import Redactor, Secret
+
+__all__ = [
+    "LOG_KEPT_BYTES",
+    "LOG_LIMIT_BYTES",
+    "Background",
+    "Command",
+    "LocalRunner",
+    "Result",
+    "Runner",
+    "foreground",
+    "require_program",
+    "spawn",
+]
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TIMEOUT_S = 120.0
 KILL_GRACE_S = 5.0
 FOLLOW_POLL_S = 0.1
-TAIL_LINES = 15
+_KEYS = (signal.SIGINT, signal.SIGQUIT)  # what ^C and ^\\ send
+LOG_LIMIT_BYTES = 16 * 1024 * 1024
+LOG_KEPT_BYTES = 256 * 1024
 
 # What a child gets of our environment when nothing else is said: enough to find programs and speak a language,
 # nothing that carries an identity (no SSH_AUTH_SOCK, no SOPS_*, no *_TOKEN).
 INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "SSL_CERT_FILE", "NIX_PATH", "NIX_SSL_CERT_FILE")
-
-
-@dataclass(frozen=True)
-class Command:
-    """A program to run, as data.
-
-    ``argv`` never holds a Secret (TypeError). ``env`` is added to the inherited few; Secret values are allowed there
-    and in ``stdin``. ``timeout_s`` in seconds. ``secrets`` are scrubbed from output besides those of env and stdin.
-    ``keep_fds`` are inherited, which lets a lock outlive a killed parent for as long as this child runs.
-    ``log_file`` (made 0600) takes both outputs instead of a pipe: should we be killed, the program is not, and can
-    finish what it began; ``Result.stdout`` is then both streams.
-    """
-
-    argv: tuple[str, ...]
-    why: str
-    env: Mapping[str, str | Secret] = field(default_factory=dict)
-    stdin: str | bytes | Secret | None = None
-    cwd: Path | None = None
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    secrets: tuple[Secret, ...] = ()
-    keep_fds: tuple[int, ...] = ()
-    log_file: Path | None = None
-
-    def __init__(
-        self,
-        argv: Sequence[str | Path],
-        why: str,
-        *,
-        env: Mapping[str, str | Secret] | None = None,
-        stdin: str | bytes | Secret | None = None,
-        cwd: Path | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        secrets: Sequence[Secret] = (),
-        keep_fds: Sequence[int] = (),
-        log_file: Path | None = None,
-    ) -> None:
-        for word in argv:
-            if not isinstance(word, str | Path):
-                raise TypeError(f"{why}: a command line takes strings and paths, not {type(word).__name__}")
-        put = object.__setattr__
-        put(self, "argv", tuple(str(word) for word in argv))
-        put(self, "why", why)
-        put(self, "env", dict(env or {}))
-        put(self, "stdin", stdin)
-        put(self, "cwd", cwd)
-        put(self, "timeout_s", timeout_s)
-        put(self, "secrets", tuple(secrets))
-        put(self, "keep_fds", tuple(keep_fds))
-        put(self, "log_file", log_file)
-
-    @property
-    def program(self) -> str:
-        """The program's base name."""
-        return Path(self.argv[0]).name
-
-    def __str__(self) -> str:
-        return shlex.join(self.argv)
-
-    def redactor(self) -> Redactor:
-        """A redactor that knows every secret this command carries."""
-        known = [value for value in self.env.values() if isinstance(value, Secret)]
-        if isinstance(self.stdin, Secret):
-            known.append(self.stdin)
-        return Redactor([*known, *self.secrets])
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a command ended. ``stdout`` is as the program wrote it, ``stderr`` is scrubbed."""
-
-    command: Command
-    exit_code: int
-    stdout: str
-    stderr: str
-    duration_s: float
-
-    @property
-    def ok(self) -> bool:
-        """True for exit status 0."""
-        return self.exit_code == 0
-
-    def tail(self) -> str:
-        """The last lines of stderr, else of stdout, scrubbed: what an error message shows."""
-        text = self.stderr.strip() or self.command.redactor().scrub(self.stdout).strip()
-        return "\n".join(text.splitlines()[-TAIL_LINES:])
-
-    def check(self) -> Result:
-        """Self, or CommandError when the exit status is not 0."""
-        if self.ok:
-            return self
-        raise CommandError(
-            f"{self.command.why}: {self.command.program} ended with status {self.exit_code}\n{self.tail()}".rstrip(),
-            where=self.command.program,
-            exit_code=self.exit_code,
-        )
-
-    def json(self) -> Any:
-        """Standard output parsed as JSON; CommandError when it is none."""
-        try:
-            return json.loads(self.stdout)
-        except ValueError as error:
-            raise CommandError(
-                f"{self.command.why}: {self.command.program} printed no JSON", where=self.command.program
-            ) from error
 
 
 class Runner(Protocol):
@@ -157,11 +68,13 @@ class LocalRunner:
     """Runs commands on this machine: own process group, killed whole on timeout or interruption.
 
     ``path`` is the search path for programs (default: the PATH given in ``environ``). ``environ`` is the environment
-    that the inherited few are taken from; nothing else of it reaches a child.
+    that the inherited few are taken from; nothing else of it reaches a child. Once ``stop`` is set, from any thread,
+    what runs is ended and nothing else is begun: both raise KeyboardInterrupt.
     """
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], *, stop: threading.Event | None = None) -> None:
         self._environ = {key: environ[key] for key in INHERITED if key in environ}
+        self._stop = stop or threading.Event()
 
     def which(self, program: str) -> Path | None:
         """Where ``program`` is on the search path, or None."""
@@ -177,6 +90,7 @@ class LocalRunner:
                 where=command.argv[0],
                 fix=f"install {command.argv[0]}, or name the folder that holds it in PATH",
             )
+        self._go_on()
         redactor = command.redactor()
         log.debug("run %s (%s)", redactor.scrub(str(command)), command.why)
         started = time.monotonic()
@@ -198,9 +112,10 @@ class LocalRunner:
                 output.close()
         try:
             if command.log_file:
-                stdout, stderr = _follow(process, command, command.log_file, redactor, on_line, deadline=deadline), b""
+                stdout = _follow(process, command, command.log_file, redactor, on_line, self._go_on, deadline=deadline)
+                stderr = b""
             else:
-                stdout, stderr = _converse(process, command, redactor, on_line, deadline=deadline)
+                stdout, stderr = _converse(process, command, redactor, on_line, self._go_on, deadline=deadline)
         except BaseException:
             _kill_group(process)
             raise
@@ -211,6 +126,10 @@ class LocalRunner:
             stderr=redactor.scrub(stderr.decode(errors="replace")),
             duration_s=time.monotonic() - started,
         )
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise KeyboardInterrupt
 
     def _child_environ(self, command: Command) -> dict[str, str]:
         """The inherited few and what the command adds, secrets in clear."""
@@ -324,6 +243,41 @@ def spawn(argv: Sequence[str | Path], *, env: Mapping[str, str], log_file: Path)
         os.close(fd)
 
 
+def foreground(argv: Sequence[str | Path], *, env: Mapping[str, str], keep_fds: Sequence[int] = ()) -> int:
+    """Run a program on our own terminal, until it ends, and return its exit status; ToolMissingError.
+
+    ``env`` is its whole environment, its PATH is searched. While it runs, ^C is for it and not for us. When we are told
+    to end (an exception in this call), it is ended first. ``keep_fds`` are inherited.
+    """
+    words = [str(word) for word in argv]
+    program = shutil.which(words[0], path=env.get("PATH"))
+    if program is None:
+        raise ToolMissingError(f"the program {words[0]!r} is not on PATH", where=words[0], fix=f"install {words[0]}")
+    log.debug("run %s", shlex.join(words))
+    main = threading.current_thread() is threading.main_thread()
+    # a handler that does nothing, and not SIG_IGN, which the program would inherit
+    before = {number: signal.signal(number, _for_the_child) for number in _KEYS} if main else {}
+    process = None
+    try:
+        process = subprocess.Popen([program, *words[1:]], env=dict(env), pass_fds=tuple(keep_fds))
+        return process.wait()
+    except BaseException:
+        if process is not None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=KILL_GRACE_S)
+            process.kill()
+            process.wait()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _for_the_child(_: int, __: FrameType | None) -> None:
+    pass
+
+
 def require_program(runner: Runner, program: str, fix: str) -> Path:
     """Where ``program`` is; ToolMissingError with ``fix`` when it is nowhere on PATH."""
     if (found := runner.which(program)) is None:
@@ -332,7 +286,7 @@ def require_program(runner: Runner, program: str, fix: str) -> Path:
 
 
 def _private_log(path: Path) -> IO[bytes]:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     return os.fdopen(fd, "wb")
 
 
@@ -342,17 +296,30 @@ def _follow(
     log_file: Path,
     redactor: Redactor,
     on_line: Callable[[str], None] | None,
+    go_on: Callable[[], None],
     *,
     deadline: float,
 ) -> bytes:
-    """Feed stdin, then read the log as it grows until the process ends; returns all of it."""
+    """Feed stdin, then read the log as it grows until the process ends; returns the last of it."""
     if process.stdin is not None:
         try:
             process.stdin.write(_stdin_bytes(command.stdin))
             process.stdin.close()
         except BrokenPipeError:
             process.stdin = None  # it stopped listening; its exit status says whether that matters
-    buffer, shown = bytearray(), 0
+    lines, kept = Lines(redactor, on_line), bytearray()
+
+    def take(read: IO[bytes]) -> None:
+        while data := read.read(LOG_KEPT_BYTES):
+            lines.feed(data)
+            kept.extend(data)
+            del kept[:-LOG_KEPT_BYTES]
+        if read.tell() > LOG_LIMIT_BYTES:
+            os.truncate(log_file, 0)  # its writers append: they go on at the new end
+            with log_file.open("ab") as again:
+                again.write(kept)
+            read.seek(len(kept))
+
     with log_file.open("rb") as log_handle:
         ended = False
         while not ended:
@@ -360,13 +327,13 @@ def _follow(
                 process.wait(timeout=FOLLOW_POLL_S)
                 ended = True
             except subprocess.TimeoutExpired:
+                go_on()
                 if time.monotonic() >= deadline:
                     _kill_group(process)
-                    raise _too_late(command, redactor, bytes(buffer)) from None
-            buffer += log_handle.read()
-            if on_line is not None:
-                shown = _lines(buffer, shown, redactor, on_line, last=ended)
-    return bytes(buffer)
+                    raise _too_late(command, redactor, bytes(kept)) from None
+            take(log_handle)
+        lines.end()
+    return bytes(kept)
 
 
 def _too_late(command: Command, redactor: Redactor, said: bytes) -> CommandTimeout:
@@ -382,6 +349,7 @@ def _converse(
     command: Command,
     redactor: Redactor,
     on_line: Callable[[str], None] | None,
+    go_on: Callable[[], None],
     *,
     deadline: float,
 ) -> tuple[bytes, bytes]:
@@ -389,7 +357,7 @@ def _converse(
     if process.stdout is None or process.stderr is None:
         raise CommandError(f"{command.why}: no pipes", where=command.program)
     chunks: dict[int, bytearray] = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
-    shown = dict.fromkeys(chunks, 0)
+    lines = {fd: Lines(redactor, on_line) for fd in chunks}
     pending = memoryview(_stdin_bytes(command.stdin))
     with selectors.DefaultSelector() as selector:
         for fd in chunks:
@@ -400,6 +368,7 @@ def _converse(
             os.set_blocking(stdin_fd, False)
             selector.register(stdin_fd, selectors.EVENT_WRITE)
         while selector.get_map():
+            go_on()
             left = deadline - time.monotonic()
             if left <= 0:
                 _kill_group(process)
@@ -416,9 +385,9 @@ def _converse(
                     continue
                 data = os.read(key.fd, 65536)
                 chunks[key.fd] += data
-                if on_line is not None:
-                    shown[key.fd] = _lines(chunks[key.fd], shown[key.fd], redactor, on_line, last=not data)
+                lines[key.fd].feed(data)
                 if not data:
+                    lines[key.fd].end()
                     selector.unregister(key.fd)
             if process.poll() is not None and not _readable(selector):
                 # A grandchild may still hold the pipes open: the program itself has ended, and that is what counts.
@@ -439,17 +408,6 @@ def _readable(selector: selectors.BaseSelector) -> bool:
     return bool(selector.select(timeout=0))
 
 
-def _lines(buffer: bytearray, start: int, redactor: Redactor, on_line: Callable[[str], None], *, last: bool) -> int:
-    """Hand every complete new line of ``buffer`` to ``on_line``; returns where the next one starts."""
-    while (end := buffer.find(b"\n", start)) >= 0:
-        on_line(redactor.scrub(buffer[start:end].decode(errors="replace").rstrip("\r")))
-        start = end + 1
-    if last and start < len(buffer):
-        on_line(redactor.scrub(buffer[start:].decode(errors="replace")))
-        start = len(buffer)
-    return start
-
-
 def _stdin_bytes(stdin: str | bytes | Secret | None) -> bytes:
     if isinstance(stdin, Secret):
         return stdin.reveal().encode()
@@ -459,12 +417,17 @@ def _stdin_bytes(stdin: str | bytes | Secret | None) -> bytes:
 
 
 def _kill_group(process: subprocess.Popen[bytes], *, close: bool = True) -> None:
-    """End the process and all it started in its session: TERM, a grace, KILL."""
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):  # KILL always: the group may outlive its leader
+    """End the process and all it started in its session: TERM, a grace for every one of them, KILL."""
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):  # the group may outlive its leader
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal_number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=KILL_GRACE_S)
+            deadline = time.monotonic() + KILL_GRACE_S
+            while time.monotonic() < deadline:
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.01)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=KILL_GRACE_S)
     for pipe in (process.stdin, process.stdout, process.stderr) if close else ():
         if pipe is not None:
             pipe.close()

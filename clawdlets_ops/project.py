@@ -50,6 +50,17 @@ class Project:
     poll_interval_s: float = 1.0
     reinstall: frozenset[str] = frozenset()
     """Hosts that may be wiped and installed anew in this run: named by the operator, each time."""
+    allow_replace: frozenset[str] = frozenset()
+    """Hosts whose server, addresses and volumes a plan may delete or replace in this run: named likewise."""
+    refresh: bool = False
+    """Compare everything with OpenTofu's state, also where nothing seems to have changed."""
+    environment: str = ""
+    """The name that this runtime dir's settings give to their environment; empty for a Hetzner account."""
+
+    @property
+    def binding(self) -> str:
+        """What the runtime dir's state belongs to: the named environment, wherever it answers now, or the endpoint."""
+        return f"the {self.environment}" if self.environment else self.hcloud_endpoint
 
     @property
     def token(self) -> Secret:
@@ -118,6 +129,7 @@ def load_project(root: Path, environ: Mapping[str, str]) -> Project:
         secrets_file=layout.root / secrets_file if secrets_file else None,
         vantages=_read_vantages(layout, endpoint),
         poll_interval_s=float(merged.get("CLAWDLETS_POLL_INTERVAL_S", "1.0")),
+        environment=merged.get("CLAWDLETS_ENVIRONMENT", ""),
     )
 
 

@@ -19,14 +19,24 @@ from pathlib import Path
 import fabric
 import paramiko
 from invoke.exceptions import CommandTimedOut
-from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    retry_if_result,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_fixed,
+)
 
 from clawdlets_ops.errors import CommandError, CommandTimeout, HostKeyError, UnreachableError
 from clawdlets_ops.files import ensure_dir, write_atomic
+from clawdlets_ops.sensitive import Secret
 
 CONNECT_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 120.0
 LOOK_TIMEOUT_S = 3.0
+LOGIN_TRIES = 3
 SSH_PORT = 22
 TRY_AGAIN = "run again; if it stays so, look at the network between here and there"
 
@@ -69,6 +79,13 @@ class Answer:
         return self.exit_code == 0
 
 
+class _Whole(io.StringIO):
+    """Read in one go: invoke asks a stream that is no terminal for one character at a time, a hundred in a second."""
+
+    def read(self, size: int | None = -1, /) -> str:
+        return super().read(-1 if size else size)
+
+
 class Session:
     """An authenticated session; made by ``session``."""
 
@@ -76,9 +93,10 @@ class Session:
         self._connection = connection
         self._target = target
 
-    def run(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S, stdin: str | None = None) -> Answer:
+    def run(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S, stdin: str | Secret | None = None) -> Answer:
         """Run ``command`` in the login shell; UnreachableError when the connection breaks, CommandTimeout after ``timeout_s``."""
-        given = False if stdin is None else io.StringIO(stdin)
+        text = stdin.reveal() if isinstance(stdin, Secret) else stdin
+        given = False if text is None else _Whole(text)
         try:
             result = self._connection.run(command, hide=True, warn=True, in_stream=given, timeout=timeout_s)
         except CommandTimedOut:
@@ -102,7 +120,25 @@ class Session:
 
 @contextmanager
 def session(target: Target, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[Session]:
-    """A fresh login (new TCP connection, no multiplexing). HostKeyError, UnreachableError."""
+    """A fresh login (new TCP connection, no multiplexing). HostKeyError, UnreachableError.
+
+    A login that was begun and broke off, as on a link that loses packets, is begun anew, ``LOGIN_TRIES`` times in all:
+    nothing was asked of the host yet. A port that does not answer and a key that is refused are not tried again.
+    """
+    retrying = Retrying(stop=stop_after_attempt(LOGIN_TRIES), retry=retry_if_exception_type(_LoginBroke), reraise=True)
+    connection, stream = retrying(_log_in, target, timeout_s)
+    try:
+        yield Session(connection, target)
+    finally:
+        connection.close()
+        stream.close()
+
+
+class _LoginBroke(UnreachableError):
+    """The server answered, and the login did not come to an end."""
+
+
+def _log_in(target: Target, timeout_s: float) -> tuple[fabric.Connection, socket.socket]:
     config = fabric.Config(overrides={"load_ssh_configs": False}, lazy=True)
     stream = _open(target, timeout_s)
     connection = fabric.Connection(
@@ -126,26 +162,33 @@ def session(target: Target, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator
     connection.client.set_missing_host_key_policy(paramiko.RejectPolicy())
     connection.client.get_host_keys().add(name, kind, paramiko.PKey.from_type_string(kind, base64.b64decode(body)))
     try:
-        try:
-            connection.open()
-        except paramiko.BadHostKeyException as error:
-            raise HostKeyError(
-                f"shows the host key {_fingerprint(error.key)}, pinned is {fingerprint(target.pin)}",
-                where=str(target),
-                fix="somebody else may be answering, or the host was rebuilt behind our back: find out before going on",
-            ) from None
-        except paramiko.AuthenticationException as error:
-            raise UnreachableError(
-                f"refuses the key {target.identity_file.name} for {target.user} ({error})",
-                where=str(target),
-                fix="is this operator's key among the host's sshAuthorizedKeys?",
-            ) from None
-        except (OSError, EOFError, paramiko.SSHException) as error:
-            raise UnreachableError(f"no SSH session: {error}", where=str(target), fix=TRY_AGAIN) from error
-        yield Session(connection, target)
-    finally:
+        _open_connection(connection, target)
+    except BaseException:
         connection.close()
         stream.close()
+        raise
+    return connection, stream
+
+
+def _open_connection(connection: fabric.Connection, target: Target) -> None:
+    try:
+        connection.open()
+    except paramiko.BadHostKeyException as error:
+        raise HostKeyError(
+            f"shows the host key {_fingerprint(error.key)}, pinned is {fingerprint(target.pin)}",
+            where=str(target),
+            fix="somebody else may be answering, or the host was rebuilt behind our back: find out before going on",
+        ) from None
+    except paramiko.AuthenticationException as error:
+        if "timeout" in str(error).lower():  # paramiko's word for a server that fell silent: nothing was refused
+            raise _LoginBroke(f"no SSH session: {error}", where=str(target), fix=TRY_AGAIN) from error
+        raise UnreachableError(
+            f"refuses the key {target.identity_file.name} for {target.user} ({error})",
+            where=str(target),
+            fix="is this operator's key among the host's sshAuthorizedKeys?",
+        ) from None
+    except (OSError, EOFError, paramiko.SSHException) as error:
+        raise _LoginBroke(f"no SSH session: {error}", where=str(target), fix=TRY_AGAIN) from error
 
 
 def presented_key(address: str, *, port: int = SSH_PORT, timeout_s: float = CONNECT_TIMEOUT_S) -> str | None:
@@ -249,9 +292,18 @@ def shim(folder: Path, *, real_ssh: Path, known_hosts: Path, identity_file: Path
     }
     words = " ".join(f"-o {shlex.quote(f'{key}={value}')}" for key, value in options.items())
     ensure_dir(folder)
-    write_atomic(
-        folder / "ssh", f'#!/bin/sh\nexec {shlex.quote(str(real_ssh))} -F /dev/null {words} "$@"\n', mode=0o700
-    )
+    # An IPv6 address stands in brackets where it is part of a URL, as for nix copy; ssh itself takes none.
+    script = f"""#!/bin/sh
+for word; do
+  shift
+  case $word in
+    root@"["*"]") word=root@${{word#"root@["}} word=${{word%"]"}} ;;
+  esac
+  set -- "$@" "$word"
+done
+exec {shlex.quote(str(real_ssh))} -F /dev/null {words} "$@"
+"""
+    write_atomic(folder / "ssh", script, mode=0o700)
     return folder
 
 

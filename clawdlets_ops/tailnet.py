@@ -17,12 +17,14 @@ MIN_KEY_LIFE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Peer:
-    """A node of the tailnet. ``addresses`` by family; ``key_expiry`` None when the node's key does not expire."""
+    """A node of the tailnet. ``addresses`` by family; ``key_expiry`` None when the node's key does not expire; ``created``
+    is RFC 3339 in UTC, "" when it is not told."""
 
     name: str
     addresses: dict[int, str]
     online: bool
     key_expiry: datetime | None = None
+    created: str = ""
 
 
 def peers(status: Any) -> tuple[Peer, ...]:
@@ -46,17 +48,21 @@ def peers(status: Any) -> tuple[Peer, ...]:
                 addresses=addresses,
                 online=bool(entry.get("Online")),
                 key_expiry=datetime.fromisoformat(expiry.replace("Z", "+00:00")) if expiry else None,
+                created=entry.get("Created") or "",
             )
         )
     return tuple(found)
 
 
 def find_peer(runner: Runner, host: str) -> Peer | None:
-    """The online peer whose host name is ``host``, or None. Its name proves nothing: the pinned host key does."""
+    """The online peer whose host name is ``host``, or None. Its name proves nothing: the pinned host key does.
+
+    Of several the youngest: a host that was made anew has a forerunner, which counts as online until it is missed.
+    """
     result = runner.run(Command(["tailscale", "status", "--json"], "look at the tailnet", timeout_s=STATUS_TIMEOUT_S))
     if not result.ok:
         raise ClawdletsError(
             f"tailscale status failed: {result.tail()}", where="tailscale", fix="is tailscaled running on this machine?"
         )
-    candidates = [peer for peer in peers(result.json()) if peer.name == host and peer.addresses]
-    return next((peer for peer in candidates if peer.online), None)
+    candidates = [peer for peer in peers(result.json()) if peer.name == host and peer.addresses and peer.online]
+    return max(candidates, key=lambda peer: peer.created, default=None)

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "clawdlets_ops"
 
 LAYERS: dict[str, frozenset[str]] = {
-    "base": frozenset({"errors", "sensitive", "process", "files", "journal", "finding", "sarif"}),
-    "model": frozenset({"fleet", "layout", "project"}),
+    "base": frozenset({"errors", "sensitive", "command", "process", "files", "journal", "finding", "lines", "sarif"}),
+    "model": frozenset({"cloud", "fleet", "layout", "project"}),
     "tools": frozenset({"sops", "age", "mkpasswd", "hostkey", "tofu", "hetzner", "nixos_anywhere", "ssh", "tailnet"}),
-    "features": frozenset({"secrets", "guard", "provision", "install", "lockdown", "verify"}),
-    "workflow": frozenset({"workflow"}),
+    "features": frozenset({"secrets", "guard", "provision", "install", "lockdown", "verify", "runs", "doctor"}),
+    "workflow": frozenset({"workflow", "rollout"}),
     "surfaces": frozenset({"", "deploys", "pyinfra_plugin", "cli", "commands", "testing", "lab"}),
 }
 ORDER = list(LAYERS)
@@ -39,7 +39,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "sqlalchemy": frozenset(),
 }
 # The lab's modules that are programs of their own, started with an environment and no caller.
-READS_ENVIRONMENT = frozenset({"cli.py", "lab/installer.py", "lab/daemon.py", "lab/demo.py"})
+READS_ENVIRONMENT = frozenset({"cli.py", "lab/installer.py", "lab/real_installer.py", "lab/daemon.py", "lab/demo.py"})
 # Programs for the lab's guests: they run on the host, without this package.
 GUEST_PROGRAMS = PACKAGE / "lab" / "profile"
 
@@ -154,20 +154,36 @@ def test_the_shipped_suite_imports_nothing_of_what_it_judges() -> None:
         assert {name for name in ours if not name.startswith("clawdlets_ops.verify.suite")} == set(), path
 
 
+def asks_for_the_lab(source: str) -> list[int]:
+    """Lines with a condition that is called after the lab, or a comparison with its name."""
+    tree = ast.parse(source)
+    conditions = [node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.IfExp)]
+    names = [node for asked in conditions for node in ast.walk(asked) if isinstance(node, ast.Name)]
+    compared = [
+        side for node in ast.walk(tree) if isinstance(node, ast.Compare) for side in (node.left, *node.comparators)
+    ]
+    return sorted(
+        {node.lineno for node in names if node.id.lower() in ("lab", "is_lab", "in_lab")}
+        | {side.lineno for side in compared if isinstance(side, ast.Constant) and side.value == "lab"}
+    )
+
+
 def test_production_code_does_not_know_the_lab_by_name() -> None:
     for path in MODULES:
-        if room(path) in ("lab", "cli", "testing"):
-            continue
-        tree = ast.parse(path.read_text())
-        tests = [node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.IfExp)]
-        named = [
-            node.id
-            for test in tests
-            for node in ast.walk(test)
-            if isinstance(node, ast.Name) and node.id in ("lab", "is_lab")
-        ]
-        # An inventory says which environment it means, and refuses the other: that is its whole point.
-        assert named == [] or path.name == "inventory.py", path
+        if room(path) not in ("lab", "cli", "testing"):
+            assert asks_for_the_lab(path.read_text()) == [], path
+
+
+@pytest.mark.parametrize(
+    ("source", "caught"),
+    [
+        ("if lab:\n    pass", True),
+        ('x = environ.get("CLAWDLETS_ENVIRONMENT") == "lab"', True),
+        ('x = environ.get("CLAWDLETS_ENVIRONMENT") == wanted', False),
+    ],
+)
+def test_the_lab_check_catches_what_it_should(source: str, *, caught: bool) -> None:
+    assert bool(asks_for_the_lab(source)) is caught
 
 
 @pytest.mark.parametrize(

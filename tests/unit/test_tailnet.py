@@ -39,6 +39,15 @@ def test_an_offline_or_absent_peer_is_none_and_an_online_twin_wins() -> None:
     assert twin.addresses[4] == "100.64.0.7"
 
 
+def test_of_two_online_the_younger_is_the_host_and_the_other_its_forerunner() -> None:
+    old = {**ALPHA, "Created": "2026-01-31T10:00:00.9Z", "TailscaleIPs": ["100.64.0.8"]}
+    new = {**ALPHA, "Created": "2026-02-01T09:00:00Z", "TailscaleIPs": ["100.64.0.9"]}
+    for pair in ((old, new), (new, old)):
+        found = find_peer(runner(status(*pair)), "alpha")
+        assert found is not None
+        assert found.addresses == {4: "100.64.0.9"}
+
+
 def test_a_peer_without_expiry_does_not_expire() -> None:
     assert peers(status({**ALPHA, "KeyExpiry": None}))[0].key_expiry is None
 
