@@ -11,11 +11,13 @@ operator, internet      198.18.0.N          2001:2:0:0::N
 server of slot S        198.18.N.(10+S)     2001:2:0:NNKK::1 (KK = 10+S in hex)
 stranger                198.19.N.2          2001:2:0:NN00::2
 control                 198.19.N.3          2001:2:0:NN00::3   (port 4242)
-tailnet control server  198.19.N.4          none               (port 8080)
+tailnet control server  198.19.N.4          none               (port 443 or 8080)
+operator's node         198.19.N.5          2001:2:0:NN00::5   (real tailnet)
+member's node           198.19.N.6          2001:2:0:NN00::6   (real tailnet)
 operator, tailnet       100.64.N.1          fd7a:115c:a1e0:N::1
 member                  100.64.N.2          fd7a:115c:a1e0:N::2
-control, tailnet        100.64.N.3          fd7a:115c:a1e0:N::3   (port 4242)
-joined server           100.64.N.(10+S)     fd7a:115c:a1e0:N::(10+S)
+control, tailnet        100.64.N.3          fd7a:115c:a1e0:N::3   (stand-in, port 4242)
+joined server           100.64.N.(10+S)     fd7a:115c:a1e0:N::(10+S)   (stand-in)
 metadata service        169.254.169.254     none               (port 80)
 resolvers               185.12.64.1, .2     2a01:4ff:ff00::add:1, :2
 ======================  ==================  ============================
@@ -23,12 +25,18 @@ resolvers               185.12.64.1, .2     2a01:4ff:ff00::add:1, :2
 The last two are in every lab's internet, for its servers alone: no route of the root namespace leads there. Nothing
 listens at the resolvers' addresses (they are Hetzner's): a question is refused at once.
 
+The tailnet is one of two things. The stand-in is a bridge that joined servers hang on. The real one needs no network of
+its own: its nodes are the operator's (in the tailnet's namespace, through which the root namespace reaches it), the
+member's and the servers', and their packets go over the internet. There headscale gives the addresses, in the order of
+joining; operator and member are the first two. The positive control of each of these two is then the other.
+
 A server hangs on a routed point-to-point leg with the gateways 172.31.1.1 and fe80::1, as at Hetzner. The internet has
 no way out: a packet that is not for the lab ends there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Final
@@ -41,6 +49,7 @@ JOIN_PORT: Final = 8080
 METADATA: Final = "169.254.169.254"
 METADATA_PORT: Final = 80
 RESOLVERS: Final = ("185.12.64.1", "185.12.64.2", "2a01:4ff:ff00::add:1", "2a01:4ff:ff00::add:2")
+NODES: Final = {"operator": 5, "member": 6}  # the lab's own nodes on a real tailnet: where they are on the internet
 
 _FIRST_KEY = 10  # below are the operator, the stranger, the member and the controls
 _LAST_KEY = 254
@@ -85,11 +94,12 @@ class Addressing:
         return f"198.18.0.{self.number}", f"2001:2::{self.number:x}"
 
     def outside(self, last: int) -> tuple[str, str]:
-        """An address of the internet that is no server's: 2 the stranger, 3 the control, 4 the control server."""
+        """An address of the internet that is no server's: 2 the stranger, 3 the control, 4 the control server, 5 and 6 the
+        nodes of operator and member."""
         return f"198.19.{self.number}.{last}", str(ip_address(f"2001:2:0:{self.number << 8:x}::{last:x}"))
 
     def tailnet(self, last: int) -> tuple[str, str]:
-        """An address of the tailnet: 1 the operator, 2 the member, 3 the control, from 10 on the servers."""
+        """An address of the tailnet: 1 the operator, 2 the member; on the stand-in 3 the control, from 10 on the servers."""
         return f"100.64.{self.number}.{last}", f"fd7a:115c:a1e0:{self.number:x}::{last:x}"
 
     def server(self, key: int) -> tuple[str, str]:
@@ -107,6 +117,11 @@ class Addressing:
         else:
             return None
         return key if _FIRST_KEY <= key <= _LAST_KEY else None
+
+    def tailnet_key(self, addresses: Iterable[str], taken: Collection[int]) -> int:
+        """The key on the stand-in tailnet of a server with these public addresses: one of theirs, else the first free one."""
+        free = [key for key in range(_FIRST_KEY, _LAST_KEY + 1) if key not in taken]
+        return next((key for key in map(self.key_of, addresses) if key in free), free[0])
 
     @property
     def networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -127,8 +142,9 @@ class Addressing:
             raise BackendError("resource_limit_exceeded", f"the lab has {_LAST_KEY - _FIRST_KEY + 1} addresses")
         return self.server(_FIRST_KEY + slot)
 
-    def vantages(self) -> list[dict[str, object]]:
-        """What ``.clawdlets/vantages.json`` holds."""
+    def vantages(self, *, nodes: bool = False) -> list[dict[str, object]]:
+        """What ``.clawdlets/vantages.json`` holds. ``nodes``: the tailnet is one of real nodes."""
+        near, far = (self.tailnet(2), self.tailnet(1)) if nodes else (self.tailnet(3), self.tailnet(3))
 
         def entry(name: str, side: str, namespace: str | None, controls: tuple[str, str]) -> dict[str, object]:
             via = ["ip", "netns", "exec", namespace] if namespace else []
@@ -138,8 +154,8 @@ class Addressing:
         return [
             entry("operator", "internet", None, self.outside(3)),
             entry("stranger", "internet", self.stranger_ns, self.outside(3)),
-            entry("operator-tailnet", "tailnet", None, self.tailnet(3)),
-            entry("member", "tailnet", self.member_ns, self.tailnet(3)),
+            entry("operator-tailnet", "tailnet", None, near),
+            entry("member", "tailnet", self.member_ns, far),
         ]
 
 
@@ -152,7 +168,7 @@ class Batch:
 
 
 def plan_up(net: Addressing) -> list[Batch]:
-    """The lab's networks without any server. The namespaces exist already."""
+    """The internet without any server, and the operator's legs. The namespaces exist already."""
     (op4, op6), (out4, out6) = net.operator, net.outside(2)
     to_internet, to_tailnet = net.operator_legs
     services = [*net.outside(3), net.outside(4)[0], METADATA, *RESOLVERS]
@@ -189,10 +205,17 @@ def plan_up(net: Addressing) -> list[Batch]:
             ),
         ),
         Batch(net.stranger_ns, ("link set lo up", *_guest_leg("eth0", out4, f"{out6}/128"))),
+        Batch(net.tailnet_ns, ("link set lo up",)),
+        Batch(net.member_ns, ("link set lo up",)),
+    ]
+
+
+def plan_second_network(net: Addressing) -> list[Batch]:
+    """The stand-in for a tailnet, on top of ``plan_up``: a bridge with the operator and the member on it."""
+    return [
         Batch(
             net.tailnet_ns,
             (
-                "link set lo up",
                 "link add br0 type bridge stp_state 0 mcast_snooping 0",
                 "link set br0 up",
                 f"address add {net.tailnet(3)[0]}/24 dev br0",
@@ -202,14 +225,52 @@ def plan_up(net: Addressing) -> list[Batch]:
                 "link set mem master br0 up",
             ),
         ),
-        Batch(None, _tailnet_leg(to_tailnet, net.tailnet(1))),
-        Batch(net.member_ns, ("link set lo up", *_tailnet_leg("tailscale0", net.tailnet(2)))),
+        Batch(None, _tailnet_leg(net.operator_legs[1], net.tailnet(1))),
+        Batch(net.member_ns, _tailnet_leg("tailscale0", net.tailnet(2))),
     ]
 
 
-def plan_attach(net: Addressing, server_id: int, key: int) -> list[Batch]:
-    """One server's leg to the internet. Its namespace exists already and is empty."""
-    ipv4, ipv6_network = net.server(key)
+def plan_nodes(net: Addressing) -> list[Batch]:
+    """Places for the real nodes of operator and member, on top of ``plan_up``: legs to the internet, and the operator's
+    way to its node."""
+    (op4, op6), (_, leg) = net.operator, net.operator_legs
+    v4, v6 = f"100.64.{net.number}.0/24", f"fd7a:115c:a1e0:{net.number:x}::/64"
+    batches = [
+        Batch(
+            net.tailnet_ns,
+            (
+                *_leg("op"),
+                "address add 172.31.1.2/32 dev op",
+                f"route add {op4}/32 dev op",
+                f"route add {op6}/128 via fe80::1 dev op",
+            ),
+        ),
+        Batch(
+            None,
+            (
+                *_leg(leg, "fe80::1"),
+                f"route add {v4} via 172.31.1.2 dev {leg} onlink src {op4}",
+                f"route add {v6} via fe80::2 dev {leg} src {op6}",
+            ),
+        ),
+    ]
+    for (name, last), namespace in zip(NODES.items(), (net.tailnet_ns, net.member_ns), strict=True):
+        ipv4, ipv6 = net.outside(last)
+        batches += [
+            Batch(
+                net.internet_ns,
+                (
+                    f"link add n-{name} type veth peer name eth0 netns {namespace}",
+                    *_router_leg(f"n-{name}", ipv4, f"{ipv6}/128"),
+                ),
+            ),
+            Batch(namespace, _guest_leg("eth0", ipv4, f"{ipv6}/128")),
+        ]
+    return batches
+
+
+def plan_attach(net: Addressing, server_id: int, ipv4: str, ipv6_network: str) -> list[Batch]:
+    """One server's leg to the internet; "" for an address that it has not. Its namespace exists already and is empty."""
     leg = f"s{server_id}"
     return [
         Batch(
@@ -257,25 +318,21 @@ def _leg(device: str, link_local: str = "fe80::2") -> tuple[str, ...]:
 
 
 def _router_leg(device: str, ipv4: str, ipv6_network: str) -> tuple[str, ...]:
+    via = "" if ipv6_network.endswith("/128") else "via fe80::2 "
     return (
         f"link set {device} addrgenmode none",
         f"link set {device} up",
         f"address add 172.31.1.1/32 dev {device}",
         f"address add fe80::1/64 dev {device} nodad",
-        f"route add {ipv4}/32 dev {device}",
-        f"route add {ipv6_network} "
-        + (f"dev {device}" if ipv6_network.endswith("/128") else f"via fe80::2 dev {device}"),
+        *([f"route add {ipv4}/32 dev {device}"] if ipv4 else []),
+        *([f"route add {ipv6_network} {via}dev {device}"] if ipv6_network else []),
     )
 
 
 def _guest_leg(device: str, ipv4: str, ipv6: str) -> tuple[str, ...]:
-    return (
-        *_leg(device),
-        f"address add {ipv4}/32 dev {device}",
-        f"address add {ipv6} dev {device} nodad",
-        f"route add default via 172.31.1.1 dev {device} onlink",
-        f"route add ::/0 via fe80::1 dev {device}",
-    )
+    v4 = (f"address add {ipv4}/32 dev {device}", f"route add default via 172.31.1.1 dev {device} onlink")
+    v6 = (f"address add {ipv6} dev {device} nodad", f"route add ::/0 via fe80::1 dev {device}")
+    return (*_leg(device), *(v4 if ipv4 else ()), *(v6 if ipv6 else ()))
 
 
 def _tailnet_leg(device: str, addresses: tuple[str, str]) -> tuple[str, ...]:

@@ -49,8 +49,8 @@ class MachineSpec:
 class MachineBackend(Protocol):
     """Makes servers real.
 
-    Every method is called from one worker thread per server, never under the cloud's lock; it blocks until done and
-    raises BackendError on failure. delete must also take a server whose
+    Every method is called from a worker thread, one at a time for a server, never under the cloud's lock; it blocks until
+    done and raises BackendError on failure. delete must also take a server whose
     create failed half way, or that is gone already (the lab was stopped before it could note that).
 
     Rules are the whole effective set, the union of all attached firewalls: None means no firewall is attached and

@@ -1,7 +1,7 @@
 """The emulated cloud: its state, its rules and its actions, apart from any transport and from what makes machines real.
 
-Requests and answers are JSON objects in the API's own shape. What a server's machine has to do is done by one worker
-thread per server, in the order asked for, while the action that stands for it is `running`.
+Requests and answers are JSON objects in the API's own shape. What a server's machine has to do is done by a worker
+thread, for each server in the order asked for, while the action that stands for it is `running`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from clawdlets_ops.lab.backend import (
 from clawdlets_ops.lab.catalogue import CATALOGUE, Json
 from clawdlets_ops.lab.desk import Desk, PlacementGroups, SshKeys
 from clawdlets_ops.lab.firewalls import Firewalls
-from clawdlets_ops.lab.grammar import ApiError
+from clawdlets_ops.lab.grammar import ApiError, Query
 from clawdlets_ops.lab.images import Images
 from clawdlets_ops.lab.ledger import Ledger
 from clawdlets_ops.lab.networks import Networks
 from clawdlets_ops.lab.primary_ips import PrimaryIps
-from clawdlets_ops.lab.records import Server, ServerState, State
+from clawdlets_ops.lab.records import KINDS, Server, ServerState, State
 from clawdlets_ops.lab.servers import Servers
 from clawdlets_ops.lab.volumes import Volumes
 
@@ -108,18 +108,21 @@ class Cloud:
         """All of one kind: of the catalogue, of the project (images: of both), or actions."""
         found = list(CATALOGUE.get(kind, ()))
         with self._ledger.lock:
-            if kind == "actions":
-                return [action.view() for action in self._state.actions.values()]
-            if kind in self._desks:
+            if kind in KINDS:
                 found += [self._view(record) for record in self._state.named(kind).values()]
         return found
 
+    def page(self, kind: str, query: Query) -> tuple[list[Json], Json]:
+        """The rows of one kind that a list request asks for, and the pagination object; only these are made."""
+        with self._ledger.lock:
+            found: list[Any] = [*CATALOGUE.get(kind, ()), *(self._state.named(kind).values() if kind in KINDS else ())]
+            chosen, pagination = grammar.page(grammar.choose(kind, found, query), query)
+            return [row if isinstance(row, dict) else self._view(row) for row in chosen], pagination
+
     def row(self, kind: str, row_id: int) -> Json:
         with self._ledger.lock:
-            if kind in self._desks and row_id in self._state.named(kind):
-                return self._view(self._state.named(kind)[row_id])
-            if kind == "actions" and row_id in self._state.actions:
-                return self._state.actions[row_id].view()
+            if kind in KINDS and (record := self._state.named(kind).get(row_id)) is not None:
+                return self._view(record)
         found = next((row for row in CATALOGUE.get(kind, ()) if row["id"] == row_id), None)
         if found is None:
             raise grammar.not_found(kind, row_id)
@@ -161,7 +164,7 @@ class Cloud:
             more = desk.check_update(record, body)
             if name is not None:
                 desk.require_unique_name(name, but=row_id)
-            with self._firewalls.settling() as settle:
+            with self._firewalls.settling([record] if isinstance(record, Server) else []) as settle:
                 record.name = name or record.name
                 record.labels = record.labels if labels is None else labels
                 for field, value in more.items():
@@ -189,7 +192,7 @@ class Cloud:
                 server.status = "off"
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Let the workers finish what is queued, for at most ``timeout_s`` seconds each."""
+        """Let the workers finish what is queued, for at most ``timeout_s`` seconds."""
         self._ledger.close(timeout_s)
 
     def _desk(self, kind: str) -> Desk[Any]:

@@ -25,6 +25,7 @@ from clawdlets_ops.files import locked
 from clawdlets_ops.lab import workplace
 from clawdlets_ops.lab.client import USER_AGENT, LabClient
 from clawdlets_ops.lab.doctor import require
+from clawdlets_ops.lab.headscale import AUTO, choose
 from clawdlets_ops.lab.machines import forget_nspawn
 from clawdlets_ops.lab.network import Network
 from clawdlets_ops.lab.processes import Group, mounts_below, wait_until
@@ -38,11 +39,15 @@ LOCK_WAIT_S = 60.0
 GUEST_PATH = "/run/current-system/sw/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 KEPT_BY_RESET = ("keys", "locks")
 BOUND_TO_LAB = "the lab"
+FIREWALL_ROUTE = "/lab/firewall"
 
 
 @dataclass(frozen=True)
 class LabServer:
-    """One server: what the cloud says of it, and what the lab knows besides. ``leader_pid`` is its init's, for nsenter."""
+    """One server: what the cloud says of it ("" for an address that it has not), and what the lab knows besides.
+
+    ``leader_pid`` is its init's, for nsenter. ``in_rescue``: what runs, or ran last, is the rescue system.
+    """
 
     name: str
     status: str
@@ -52,16 +57,26 @@ class LabServer:
     installed: bool
     leader_pid: int | None
     server_id: int = 0
+    in_rescue: bool = False
 
     @property
     def public_addresses(self) -> dict[int, str]:
-        """By address family."""
-        return {4: self.ipv4, 6: self.ipv6}
+        """By address family, those that it has."""
+        return {family: address for family, address in ((4, self.ipv4), (6, self.ipv6)) if address}
 
     @property
     def tailnet_addresses(self) -> dict[int, str]:
         """By address family; empty while the machine is not on the tailnet."""
         return {ipaddress.ip_address(address).version: address for address in self.tailnet}
+
+
+@dataclass(frozen=True)
+class Tailnet:
+    """The lab's tailnet: ``kind`` is "real" or "stand-in"; whether all of it works, and what shows that."""
+
+    kind: str
+    works: bool
+    evidence: str
 
 
 @dataclass(frozen=True)
@@ -73,10 +88,19 @@ class LabStatus:
     endpoint: str = ""
     servers: tuple[LabServer, ...] = ()
     vantages: tuple[str, ...] = ()
+    tailnet: Tailnet | None = None
+    cut_established: bool = False
 
 
-def up(layout: Layout, environ: Mapping[str, str]) -> LabStatus:
-    """One running lab for this checkout, a new one or the one there is; LabError, ToolMissingError."""
+def up(
+    layout: Layout, environ: Mapping[str, str], *, tailnet: str = AUTO, cut_established: bool | None = None
+) -> LabStatus:
+    """One running lab for this checkout, a new one or the one there is; LabError, ToolMissingError.
+
+    ``tailnet``: "real" (headscale and tailscaled), "stand-in", or "auto" for the real one where it is built; a lab keeps
+    what it began with. ``cut_established``: whether a change of firewall rules ends the flows that the new rules would not
+    let begin; None leaves that as it is (they go on, in a new lab).
+    """
     layout = Layout(layout.root.resolve())
     require(layout, environ)
     path = environ.get("PATH", "")
@@ -90,20 +114,29 @@ def up(layout: Layout, environ: Mapping[str, str]) -> LabStatus:
                 where=str(layout.lab),
                 fix="clawdlets lab down here removes the copy and leaves that lab alone",
             )
-        if record is not None and LabClient(record).answers():
+        if record is not None and tailnet not in (AUTO, record.tailnet):
+            raise LabError(
+                f"this lab's tailnet is the {record.tailnet}" + (" one" if record.tailnet == "real" else ""),
+                where=str(layout.lab),
+                fix=f"clawdlets lab down, then clawdlets lab up --tailnet {tailnet}",
+            )
+        if record is not None and LabClient(record).answers() and _tailnet(LabClient(record)).works:
             workplace.write(layout, record, runner)
+            _settle(record, cut_established)
             return status(layout)
+        kind = choose(record.tailnet if record else tailnet, layout.cache / "tools", layout.lab / "tailnet", path)
         if record is not None:
             _end_daemon(record)
             _sweep(record, runner)
         number = claim_number(layout.root, runner, wanted=record.number if record else None)
-        record = replace(record or LabRecord(number, layout.root, path), path=path, daemon=None)
+        record = replace(record or LabRecord(number, layout.root, path, tailnet=kind), path=path, daemon=None)
         workplace.prepare(layout, record)
         _start_daemon(record, runner)
         started = read_record(layout.lab)
         if started is None:
             raise LabError("the lab's record is gone", where=str(layout.lab), fix="clawdlets lab up")
         workplace.write(layout, started, runner)
+        _settle(started, cut_established)
     return status(layout)
 
 
@@ -122,16 +155,17 @@ def status(layout: Layout) -> LabStatus:
         LabServer(
             name=server["name"],
             status=server["status"],
-            ipv4=server["public_net"]["ipv4"]["ip"],
-            ipv6=server["public_net"]["ipv6"]["ip"].replace("::/64", "::1"),
+            ipv4=(server["public_net"]["ipv4"] or {"ip": ""})["ip"],
+            ipv6=(server["public_net"]["ipv6"] or {"ip": ""})["ip"].replace("::/64", "::1"),
             tailnet=tuple(machines.get(server["id"], {}).get("tailnetAddresses", ())),
             installed=bool(machines.get(server["id"], {}).get("installed", False)),
             leader_pid=machines.get(server["id"], {}).get("leaderPid"),
             server_id=server["id"],
+            in_rescue=bool(machines.get(server["id"], {}).get("inRescue", False)),
         )
         for server in _all_servers(client)
     ]
-    return LabStatus("up", record.number, record.endpoint, tuple(servers), vantages)
+    return LabStatus("up", record.number, record.endpoint, tuple(servers), vantages, _tailnet(client), _cuts(client))
 
 
 def down(layout: Layout, environ: Mapping[str, str]) -> None:
@@ -173,6 +207,10 @@ def reset(layout: Layout, environ: Mapping[str, str]) -> LabStatus:
             fix="use another checkout for the lab",
         )
     require(layout, environ)  # else it would be down and could not come up
+    record = read_record(layout.lab)
+    kind = choose(
+        record.tailnet if record else AUTO, layout.cache / "tools", layout.lab / "tailnet", environ.get("PATH", "")
+    )
     down(layout, environ)
     if layout.runtime.exists():
         with _alone(layout):
@@ -183,7 +221,7 @@ def reset(layout: Layout, environ: Mapping[str, str]) -> LabStatus:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-    return up(layout, environ)
+    return up(layout, environ, tailnet=kind)
 
 
 def find_server(layout: Layout, name: str) -> LabServer:
@@ -247,6 +285,19 @@ def requests(layout: Layout, last: int | None = None) -> list[dict[str, Any]]:
         return [json.loads(line) for line in deque((line for line in lines if own not in line), maxlen=last)]
 
 
+def _settle(record: LabRecord, cut_established: bool | None) -> None:
+    if cut_established is not None:
+        LabClient(record).send("POST", FIREWALL_ROUTE, {"cutEstablished": cut_established})
+
+
+def _cuts(client: LabClient) -> bool:
+    return bool(client.get(FIREWALL_ROUTE)["cutEstablished"])
+
+
+def _tailnet(client: LabClient) -> Tailnet:
+    return Tailnet(**client.get("/lab/tailnet/account"))
+
+
 def _all_servers(client: LabClient) -> list[dict[str, Any]]:
     found, page = [], 1
     while page:
@@ -289,6 +340,7 @@ def _sweep(record: LabRecord, runner: Runner) -> None:
     """Take away everything of a lab without a process but its files."""
     machines = sorted(path for path in (record.lab_dir / "machines").glob("*") if path.is_dir())
     whole = Group(record.net.prefix)
+    whole.signal(signal.SIGTERM, "tailnet")
     for folder in machines:
         whole.signal(signal.SIGTERM, f"m{folder.name}/supervisor")  # systemd-nspawn has the guest power off
     wait_until(lambda: not whole.populated(), timeout_s=GRACE_S)

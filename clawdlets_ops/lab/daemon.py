@@ -23,17 +23,18 @@ from clawdlets_ops.errors import ClawdletsError, LabError
 from clawdlets_ops.files import read_private
 from clawdlets_ops.lab.backend import BackendError
 from clawdlets_ops.lab.cloud import Cloud
+from clawdlets_ops.lab.control import FIREWALL_ROUTE
 from clawdlets_ops.lab.distance import FaultyNetwork
 from clawdlets_ops.lab.faults import ROUTE as FAULTS_ROUTE
 from clawdlets_ops.lab.faults import FaultyEmulator, parse_fault
 from clawdlets_ops.lab.grammar import ApiError
+from clawdlets_ops.lab.headscale import REAL
 from clawdlets_ops.lab.mishaps import FaultyMachines, Mishaps
 from clawdlets_ops.lab.processes import ProcessId
 from clawdlets_ops.lab.registry import LabRecord, read_record
-from clawdlets_ops.lab.tailnet import Listeners, Tailnet
+from clawdlets_ops.lab.tailnet import Listeners, bring_up
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import LocalRunner
-from clawdlets_ops.sensitive import Secret
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +51,11 @@ class Lab:
         token = read_private(folder / "token").strip()
         with ExitStack() as undo:
             self.network = FaultyNetwork(record.net, runner)
-            self.network.up()
+            self.network.up(nodes=record.tailnet == REAL)
             mishaps = Mishaps(self.network)
             self.book = mishaps.book
-            self.tailnet = Tailnet(self.network, Secret(read_private(folder / "tailnet_auth_key").strip()))
+            self.tailnet = bring_up(record, self.network, runner)
+            undo.callback(self.tailnet.close)
             self.machines = mishaps.machines = FaultyMachines(
                 folder / "machines",
                 base=Layout(record.root).cache / "lab" / "base",
@@ -69,7 +71,9 @@ class Lab:
             undo.callback(self.machines.close)
             self._cloud_ready = threading.Event()
             self.machines.resume()
-            self.cloud = Cloud(backend=self.machines, addresses=record.net, state_file=folder / "cloud.json")
+            self.cloud = Cloud(
+                backend=self.machines, addresses=record.net, state_file=folder / "cloud.json", clock=self.book.now
+            )
             self._emulator = FaultyEmulator(
                 self.cloud,
                 book=self.book,
@@ -78,7 +82,10 @@ class Lab:
                 port=urlsplit(record.endpoint).port or 0,
                 extra_routes={
                     ("GET", "/lab/tailnet"): self._tailnet,
+                    ("GET", "/lab/tailnet/account"): lambda _: self.tailnet.account(),
                     ("GET", "/lab/machines"): self._machines,
+                    ("GET", FIREWALL_ROUTE): self._firewall,
+                    ("POST", FIREWALL_ROUTE): self._set_firewall,
                     ("GET", FAULTS_ROUTE): self._faults,
                     ("POST", FAULTS_ROUTE): self._inject,
                     ("DELETE", FAULTS_ROUTE): self._clear,
@@ -98,6 +105,7 @@ class Lab:
         self.network.close_faults()
         self._listeners.close()
         self.machines.close()
+        self.tailnet.close()
 
     def _powered_off(self, server_id: int) -> None:
         """A guest powered itself off: the cloud says so too, as soon as there is one."""
@@ -118,6 +126,12 @@ class Lab:
         return self.tailnet.status(frozenset(state.server_id for state in self.machines.states()))
 
     def _machines(self, _query: Mapping[str, str]) -> object:
+        states = self.machines.states()
+        try:
+            joined = self.tailnet.addresses({state.server_id: state.name for state in states if state.running})
+        except ClawdletsError:  # its account tells
+            log.exception("the tailnet")
+            joined = {}
         return {
             "machines": [
                 {
@@ -126,11 +140,23 @@ class Lab:
                     "running": state.running,
                     "installed": state.installed,
                     "leaderPid": state.leader_pid,
-                    "tailnetAddresses": list(self.tailnet.addresses(state.server_id)),
+                    "inRescue": state.in_rescue,
+                    "tailnetAddresses": list(joined.get(state.server_id, ())),
                 }
-                for state in self.machines.states()
+                for state in states
             ]
         }
+
+    def _firewall(self, _query: Mapping[str, object]) -> object:
+        return {"cutEstablished": self.machines.cuts_established}
+
+    def _set_firewall(self, body: Mapping[str, object]) -> object:
+        cut = body.get("cutEstablished")
+        if not isinstance(cut, bool):
+            raise ApiError(422, "invalid_input", "cutEstablished: must be a boolean")
+        with _refused():
+            self.machines.cut_established(cut)
+        return self._firewall({})
 
     def _faults(self, _query: Mapping[str, object]) -> object:
         return {"faults": [fault.to_json() for fault in self.book.all()]}

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clawdlets_ops.errors import ClawdletsError
-from clawdlets_ops.journal import read_journal
+from clawdlets_ops.journal import journals, read_journal
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import Command, LocalRunner
 
@@ -69,9 +69,10 @@ def main() -> int:
 
 def _show_stages(layout: Layout, console: Console) -> None:
     """What each stage of the last bootstrap took, from its journal."""
-    journals = sorted(layout.runs.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
     table = Table("stage", "result", "seconds", title="stages", title_justify="left")
-    done = [event for path in journals for event in read_journal(path) if event["event"] in ("done", "failed")]
+    done = [
+        event for path in journals(layout.runs) for event in read_journal(path) if event["event"] in ("done", "failed")
+    ]
     for stage in STAGES:
         last = [event for event in done if event["stage"] == stage][-1:]
         for event in last:

@@ -96,12 +96,12 @@ class SshKeys(Desk[SshKey]):
         name, labels = self.named(body)
         if any(key.fingerprint == fingerprint for key in self.state.ssh_keys.values()):
             raise grammar.not_unique("fingerprint", "SSH key with the same fingerprint already exists")
-        key = SshKey(self.state.take_id(self.kind), name, self.ledger.timestamp(), labels, public_key, fingerprint)
-        self.state.ssh_keys[key.id] = key
+        key = SshKey(self.state.next_id(self.kind), name, self.ledger.timestamp(), labels, public_key, fingerprint)
+        self.state.add(key)
         return {"ssh_key": key.view()}
 
     def delete(self, record: SshKey) -> None:
-        del self.state.ssh_keys[record.id]
+        self.state.remove(record)
 
 
 class PlacementGroups(Desk[PlacementGroup]):
@@ -111,11 +111,11 @@ class PlacementGroups(Desk[PlacementGroup]):
         if body.get("type") != "spread":
             raise grammar.invalid("type", "must be spread")
         name, labels = self.named(body)
-        group = PlacementGroup(self.state.take_id(self.kind), name, self.ledger.timestamp(), labels)
-        self.state.placement_groups[group.id] = group
+        group = PlacementGroup(self.state.next_id(self.kind), name, self.ledger.timestamp(), labels)
+        self.state.add(group)
         return {"placement_group": self.view(group), "action": None}
 
     def delete(self, record: PlacementGroup) -> None:
         if views.members(self.state, record.id):
             raise ApiError(422, "resource_in_use", f"placement group with ID {record.id} is still in use")
-        del self.state.placement_groups[record.id]
+        self.state.remove(record)

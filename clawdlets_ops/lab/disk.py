@@ -17,6 +17,7 @@ import shutil
 import stat
 import uuid
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 
 from clawdlets_ops.files import ensure_dir
@@ -127,6 +128,10 @@ class Disk:
         """
         root, seed = self.upper, first_boot.SEED
         _write(root, "etc/hostname", f"{spec.name}\n")
+        lsblk = resources.files("clawdlets_ops.lab") / "profile" / "stand-in-lsblk"
+        _write(root, "usr/local/bin/lsblk", lsblk.read_text(), 0o755)
+        # The real nixos-anywhere asks for cpio, which its kexec needs and the lab's has no use for.
+        _write(root, "usr/local/bin/cpio", "#!/bin/sh\necho a stand-in of the lab, no cpio >&2; exit 1\n", 0o755)
         _write(root, "etc/hosts", f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {spec.name}\n")
         _place(root, "root/.ssh/authorized_keys")
         for folder in ("root", "root/.ssh"):

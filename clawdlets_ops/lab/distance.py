@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from clawdlets_ops.lab.addressing import Addressing
+from clawdlets_ops.lab.addressing import NODES, Addressing
 from clawdlets_ops.lab.faults import ANY, Fault
 from clawdlets_ops.lab.network import Network, in_namespace
 from clawdlets_ops.process import Runner
@@ -63,12 +63,15 @@ class Delay:
     sources: tuple[str, ...]
 
 
-def sides(net: Addressing) -> tuple[Side, Side]:
-    """The internet and the tailnet."""
-    return (
-        Side(net.internet_ns, "inet", "s", {"operator": net.operator, "stranger": net.outside(2)}),
-        Side(net.tailnet_ns, "bridge", "t", {"operator-tailnet": net.tailnet(1), "member": net.tailnet(2)}),
-    )
+def sides(net: Addressing, *, nodes: bool = False) -> tuple[Side, ...]:
+    """The internet and the tailnet. A real tailnet (``nodes``) has no links of its own: what comes from the operator's node
+    or the member's crosses the internet, encrypted."""
+    internet = {"operator": net.operator, "stranger": net.outside(2)}
+    tailnet = {"operator-tailnet": net.tailnet(1), "member": net.tailnet(2)}
+    if nodes:
+        over = {name: net.outside(last) for name, last in zip(tailnet, NODES.values(), strict=True)}
+        return (Side(net.internet_ns, "inet", "s", {**internet, **over}),)
+    return Side(net.internet_ns, "inet", "s", internet), Side(net.tailnet_ns, "bridge", "t", tailnet)
 
 
 def render_rules(side: Side, rules: Iterable[tuple[Fault, str]]) -> str:
@@ -215,17 +218,8 @@ class FaultyNetwork(Network):
             if self._faults.pop(ident, None) is not None:
                 self._enforce()
 
-    def public(self, server_id: int) -> tuple[str, str] | None:
-        """IPv4 and IPv6 address of a server that is attached."""
-        with self._lock:
-            key = self._keys.get(server_id)
-        if key is None:
-            return None
-        ipv4, ipv6_network = self.net.server(key)
-        return ipv4, ipv6_network.replace("::/64", "::1")
-
-    def attach(self, server_id: int, key: int) -> None:
-        super().attach(server_id, key)
+    def attach(self, server_id: int, ipv4: str, ipv6_network: str) -> None:
+        super().attach(server_id, ipv4, ipv6_network)
         with self._fault_lock:
             self._born[server_id] = self._clock()
             self._legs.add(f"s{server_id}")
@@ -260,7 +254,7 @@ class FaultyNetwork(Network):
             return
         self._loaded = True
         self._arm()
-        for side in sides(self.net):
+        for side in sides(self.net, nodes=self.nodes):
             chosen = self._chosen(side)
             delays = [
                 Delay(f"{ident}{leg}"[:_NAME_BYTES], leg, fault.milliseconds, side.sources.get(fault.vantage, ()))

@@ -11,8 +11,9 @@ from typing import Final
 
 from clawdlets_ops.errors import ClawdletsError, LabError
 from clawdlets_ops.finding import Finding, State
+from clawdlets_ops.lab.headscale import REAL, Programs, obstacle
 from clawdlets_ops.lab.processes import mount_points
-from clawdlets_ops.lab.registry import claimable
+from clawdlets_ops.lab.registry import claimable, read_record
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import Command, LocalRunner, Runner
 
@@ -82,6 +83,7 @@ def doctor(layout: Layout, environ: Mapping[str, str]) -> list[Finding]:
     observed = f"{now}" if now >= INOTIFY_INSTANCES else f"{now}; clawdlets lab up raises it, for good until a reboot"
     findings.append(Finding("LAB-10", State.PASS, f"inotify instances reach {INOTIFY_INSTANCES}", observed=observed))
     findings.append(_number(layout, LocalRunner(environ)))
+    findings.append(_tailnet(layout, environ))
     return findings
 
 
@@ -155,6 +157,24 @@ def _number(layout: Layout, runner: Runner) -> Finding:
         return Finding("LAB-11", State.PASS, claim, observed=str(claimable(layout.root, runner)))
     except ClawdletsError as error:
         return Finding("LAB-11", State.FAIL, claim, observed=error.what, fix=error.fix)
+
+
+def _tailnet(layout: Layout, environ: Mapping[str, str]) -> Finding:
+    claim = "the lab's tailnet is the real one"
+    tools = layout.cache / "tools"
+    hindered = obstacle(tools, layout.lab / "tailnet", environ.get("PATH", ""))
+    programs = Programs.find(tools)
+    if hindered is not None or programs is None:
+        said = f"no, the stand-in: {hindered.what}" if hindered else "no"
+        return Finding("LAB-13", State.NOT_APPLICABLE, claim, observed=said, fix=hindered.fix if hindered else "")
+    try:
+        said = f"{programs.versions(LocalRunner(environ))} in {tools}"
+        record = read_record(layout.lab)
+    except ClawdletsError as error:
+        return Finding("LAB-13", State.FAIL, claim, observed=error.what, fix="make tailnet")
+    if record is not None and record.tailnet != REAL:
+        said += "; but the lab that is there was made with the stand-in"
+    return Finding("LAB-13", State.PASS, claim, observed=said)
 
 
 def _inotify_instances() -> int:

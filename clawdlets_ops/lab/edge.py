@@ -31,8 +31,12 @@ def attached(state: State, server: Server, *, direct_only: bool = False) -> list
     return [
         firewall
         for firewall in state.firewalls.values()
-        if server.id in firewall.servers or (not direct_only and server.id in _selected(state, firewall))
+        if server.id in firewall.servers or (not direct_only and _selects(firewall, server))
     ]
+
+
+def _selects(firewall: Firewall, server: Server) -> bool:
+    return any(grammar.selector(expression)(server.labels) for expression in firewall.selectors)
 
 
 def effective(state: State, server: Server, *, direct_only: bool = False) -> Rules:
@@ -74,8 +78,8 @@ def attach(state: State, firewall: Firewall, named: Sequence[int | str]) -> None
     for server_id in affected:
         others = [other for other in attached(state, state.servers[server_id]) if other.id != firewall.id]
         require_few_rules([*others, firewall])
-    firewall.servers += [resource for resource in named if isinstance(resource, int)]
-    firewall.selectors += [resource for resource in named if isinstance(resource, str)]
+    firewall.servers = [*firewall.servers, *(resource for resource in named if isinstance(resource, int))]
+    firewall.selectors = [*firewall.selectors, *(resource for resource in named if isinstance(resource, str))]
 
 
 def replace_rules(state: State, firewall: Firewall, rules: list[Json]) -> None:

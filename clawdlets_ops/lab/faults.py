@@ -8,11 +8,13 @@ memory alone, so that a lab that was started anew has no faults. Links and machi
 from __future__ import annotations
 
 import fnmatch
+import json
 import math
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from clawdlets_ops.errors import LabError
@@ -54,7 +56,7 @@ ACTIONS: Final = (
 
 NO_CLOCK_SKEW: Final = (
     "a guest's clock cannot be moved: Linux has time namespaces for the monotonic clocks only, so the guest shares its"
-    " wall clock with this machine"
+    " wall clock with this machine; the API's clock can: clock-skew api seconds=S"
 )
 
 
@@ -102,6 +104,7 @@ class Shape:
     subject: str = ""  # what the first word after the kind is
     requests: bool = False
     amounts: Mapping[str, float] = field(default_factory=dict)
+    signed: bool = False
     options: tuple[str, ...] = ()
 
 
@@ -168,7 +171,13 @@ SHAPES: Final[Mapping[str, Shape]] = {
         amounts={"seconds": _DAY_S},
     ),
     "disk-full": Shape("disk-full HOST", "no space left on device, until it reboots", subject="host"),
-    "clock-skew": Shape("clock-skew HOST seconds=S", "refused", subject="host", amounts={"seconds": _DAY_S}),
+    "clock-skew": Shape(
+        "clock-skew api seconds=S",
+        "the API's clock is S seconds ahead (below 0: behind): Date, created, started, finished, RateLimit-Reset",
+        subject="clock",
+        amounts={"seconds": 366 * _DAY_S},
+        signed=True,
+    ),
     "scan": Shape("scan HOST", "the stranger tries every TCP port once, over IPv4 and IPv6", subject="host"),
 }
 
@@ -201,7 +210,7 @@ def parse_fault(words: Sequence[str]) -> Fault:
     """The fault that these words say; LabError with the right form. ``SHAPES`` lists the kinds."""
     kind = words[0] if words else ""
     if kind not in SHAPES:
-        known = "; ".join(shape.usage for shape in SHAPES.values() if shape.means != "refused")
+        known = "; ".join(shape.usage for shape in SHAPES.values())
         raise LabError("there is no such fault" if kind else "which fault?", where=repr(kind), fix=f"one of: {known}")
     shape = SHAPES[kind]
     plain = [word for word in words[1:] if "=" not in word]
@@ -224,8 +233,6 @@ def parse_fault(words: Sequence[str]) -> Fault:
     if vantage != ANY and vantage not in VANTAGES:
         raise _refused(shape, f"{vantage!r} is no vantage point ({', '.join(VANTAGES)})")
     amounts = {name: _amount(shape, name, options.get(name), most) for name, most in shape.amounts.items()}
-    if kind == "clock-skew":
-        raise LabError(NO_CLOCK_SKEW, where="clock-skew")
     times = _times(shape, options["times"]) if "times" in options else None
     return Fault(kind, subject, method, path.removeprefix(API_PREFIX), times, vantage=vantage, **amounts)
 
@@ -235,6 +242,8 @@ def _check_subject(shape: Shape, subject: str) -> None:
         return
     if not subject:
         raise _refused(shape, f"needs a {shape.subject}")
+    if shape.subject == "clock" and subject != "api":
+        raise LabError(NO_CLOCK_SKEW, where="clock-skew")
     wanted: Mapping[str, Sequence[str]] = {"code": tuple(ANSWERS), "action": ACTIONS}
     if shape.subject in wanted and subject not in wanted[shape.subject]:
         raise _refused(shape, f"{subject!r} is none of {', '.join(wanted[shape.subject])}")
@@ -249,7 +258,7 @@ def _amount(shape: Shape, name: str, text: str | None, most: float) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value <= most:
+    if not 0 < (abs(value) if shape.signed else value) <= most:
         raise _refused(shape, f"{name}={text} is not above 0 and at most {most:g}")
     return value
 
@@ -269,6 +278,11 @@ class _Entry:
         self.ident, self.fault = ident, fault
         self.hits, self.state, self.last_hit = 0, "armed", ""
         self.gone = threading.Event()
+
+    @property
+    def label(self) -> str:
+        """What the request journal calls it."""
+        return f"{self.ident}: {' '.join(self.fault.words)}"
 
     def view(self) -> Injected:
         return Injected(self.ident, self.fault.words, self.hits, self.state, self.last_hit)
@@ -292,6 +306,7 @@ class FaultBook:
         self._lock = threading.RLock()
         self._entries: dict[str, _Entry] = {}
         self._count = 0
+        self._failed: dict[str, str] = {}
         self._thread = threading.local()
 
     def add(self, fault: Fault) -> Injected:
@@ -304,6 +319,7 @@ class FaultBook:
             except BaseException:
                 del self._entries[entry.ident]
                 raise
+            self._thread.met = [entry.label]
             return entry.view()
 
     def all(self) -> tuple[Injected, ...]:
@@ -321,6 +337,7 @@ class FaultBook:
                 self._on_clear(entry.ident, entry.fault)
                 entry.gone.set()
                 del self._entries[entry.ident]
+            self._thread.met = [entry.label for entry in chosen]
             return len(chosen)
 
     def of_kind(self, *kinds: str) -> list[tuple[str, Fault]]:
@@ -351,6 +368,7 @@ class FaultBook:
         entry = self._hit(hit, f"{request.method} {path}")
         if entry is None:
             return None
+        self._thread.met = [entry.label]
         match entry.fault.kind:
             case "answer":
                 status, code = ANSWERS[entry.fault.subject]
@@ -370,12 +388,32 @@ class FaultBook:
         self._thread.cut = False
         return cut
 
+    def take_met(self, payload: object) -> str:
+        """The faults that the request which this thread answers has met, put in or taken away, or whose failed action the
+        answer tells of; "" for none."""
+        met: list[str] = getattr(self._thread, "met", [])
+        self._thread.met = []
+        if not met and self._failed:
+            said = json.dumps(payload)
+            met = [label for ident, label in self._failed.items() if f"(fault {ident})" in said]
+        return "; ".join(met)
+
+    def now(self) -> datetime:
+        """What the cloud's clock shows."""
+        return datetime.now(UTC) + self.skew
+
+    @property
+    def skew(self) -> timedelta:
+        """How far the cloud's clock is ahead."""
+        return timedelta(seconds=sum(fault.seconds for _, fault in self.of_kind("clock-skew")))
+
     # Actions
 
     def act(self, command: str) -> None:
         """Raise BackendError when the work of this action is to fail."""
         entry = self._hit(lambda fault: fault.kind == "action" and fault.subject == command, command)
         if entry is not None:
+            self._failed[entry.ident] = entry.label
             raise BackendError("action_failed", f"{command} failed (fault {entry.ident})")
 
     def _hit(self, wanted: Callable[[Fault], bool], what: str) -> _Entry | None:
@@ -391,7 +429,10 @@ class FaultBook:
 
 
 class FaultyEmulator(Emulator):
-    """The emulator with a book of faults; the journal has status 0 for a request that was never answered."""
+    """The emulator with a book of faults; the journal has status 0 for a request that was never answered, and ``fault``
+    ("f1: answer 500 POST /servers") for one that met a fault, or put one in or took it away, and for an answer that tells
+    of an action that failed by one. Its ``ts`` is the true time, whatever the cloud's clock shows.
+    """
 
     def __init__(self, *arguments: Any, book: FaultBook, **more: Any) -> None:
         super().__init__(*arguments, faults=book.answer, **more)
@@ -402,7 +443,15 @@ class FaultyEmulator(Emulator):
         answer = super().handle(request)
         if self._book.take_cut():
             raise ConnectionAbortedError("a fault cuts this connection")
+        if answer.rate is not None and (skew_s := round(self._book.skew.total_seconds())):
+            answer = replace(answer, rate=replace(answer.rate, reset=answer.rate.reset + skew_s))
         return answer
+
+    def remarks(self, payload: object) -> dict[str, Any]:
+        """``fault``, and ``ts`` while the cloud's clock is wrong."""
+        met = self._book.take_met(payload)
+        said = {"fault": met} if met else {}
+        return {**said, "ts": datetime.now(UTC).isoformat()} if self._book.skew else said
 
 
 # Asking the lab that runs

@@ -30,18 +30,18 @@ class Firewalls(Desk[Firewall]):
         rules = grammar.firewall_rules(body)
         if len(self.state.firewalls) >= FIREWALLS_PER_PROJECT:
             raise ApiError(403, "resource_limit_exceeded", f"at most {FIREWALLS_PER_PROJECT} firewalls per project")
-        firewall = Firewall(self.state.next_ids[self.kind], name, self.ledger.timestamp(), labels, rules)
+        firewall = Firewall(self.state.next_id(self.kind), name, self.ledger.timestamp(), labels, rules)
         resources = edge.resources(self.state, body, "apply_to")
         with self.settling() as settle:
             edge.attach(self.state, firewall, resources)
-            self.state.firewalls[self.state.take_id(self.kind)] = firewall
+            self.state.add(firewall)
             actions = [self.ledger.done("set_firewall_rules", firewall), *settle(firewall)]
         return {"firewall": self.view(firewall), "actions": [action.view() for action in actions]}
 
     def delete(self, record: Firewall) -> None:
         if record.servers or record.selectors:
             raise ApiError(422, "resource_in_use", f"firewall with ID {record.id} is still in use")
-        del self.state.firewalls[record.id]
+        self.state.remove(record)
 
     def act(self, record: Firewall, command: str, body: Json) -> Json:
         actions = []
@@ -60,13 +60,17 @@ class Firewalls(Desk[Firewall]):
         return {"actions": [action.view() for action in actions]}
 
     @contextmanager
-    def settling(self) -> Iterator[Callable[..., list[Action]]]:
-        """Remember every server's edge; ``settle(*resources)`` starts what brings the changed ones into force."""
-        before = {server.id: self._edge_of(server) for server in self.state.servers.values()}
+    def settling(self, only: Sequence[Server] | None = None) -> Iterator[Callable[..., list[Action]]]:
+        """Remember every server's edge; ``settle(*resources)`` starts what brings the changed ones into force.
+
+        ``only``: whose edge can change; default all.
+        """
+        servers = list(self.state.servers.values()) if only is None else only
+        before = {server.id: self._edge_of(server) for server in servers}
 
         def settle(*resources: Firewall) -> list[Action]:
             actions = []
-            for server in self.state.servers.values():
+            for server in servers:
                 is_now = self._edge_of(server)
                 if before[server.id] == is_now:
                     continue

@@ -10,13 +10,15 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from ipaddress import ip_network
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 from clawdlets_ops.lab.backend import Rule
 from clawdlets_ops.lab.catalogue import Json
 
 Query = Mapping[str, Sequence[str]]
+R = TypeVar("R")
 
 USER_DATA_LIMIT_BYTES: Final = 32 * 1024
 RULES_PER_FIREWALL: Final = 50
@@ -152,6 +154,7 @@ def labels(value: object) -> dict[str, str]:
     return dict(value)
 
 
+@lru_cache(maxsize=256)
 def selector(expression: str) -> Callable[[Mapping[str, str]], bool]:
     """The predicate of a label selector: k, !k, k=v, k==v, k!=v, k in (a,b), k notin (a,b), comma for AND.
 
@@ -262,18 +265,21 @@ def machine_rule(rule: Json) -> Rule:
     )
 
 
-def choose(kind: str, rows: Sequence[Json], query: Query) -> list[Json]:
-    """The rows that a list request asks for by filter and label selector, in the order it asks for."""
+def choose(kind: str, rows: Sequence[R], query: Query) -> list[R]:
+    """The rows that a list request asks for by filter and label selector, in the order it asks for.
+
+    A row is a JSON object, or a record whose attributes are called as the object's fields.
+    """
     chosen = list(rows)
     for field in _FILTERS.get(kind, ("name",)):
         if field in query:
             # A primary IP is found by its address alone, an IPv6 one without the mask.
-            chosen = [row for row in chosen if str(row[field]).partition("/")[0] in query[field]]
+            chosen = [row for row in chosen if str(_field(row, field)).partition("/")[0] in query[field]]
     if kind == "images" and query.get("include_deprecated", ["false"])[-1] != "true":
-        chosen = [row for row in chosen if row["deprecation"] is None]
+        chosen = [row for row in chosen if _field(row, "deprecation") is None]
     for expression in query.get("label_selector", ()):
         matches = selector(expression)
-        chosen = [row for row in chosen if matches(row.get("labels", {}))]
+        chosen = [row for row in chosen if matches(_field(row, "labels") or {})]
     allowed = _SORT_KEYS.get(kind, ("id", "name", "created"))
     for order in reversed(query.get("sort", ())):
         key, _, way = order.partition(":")
@@ -283,11 +289,15 @@ def choose(kind: str, rows: Sequence[Json], query: Query) -> list[Json]:
     return chosen
 
 
-def _sort_key(field: str) -> Callable[[Json], tuple[bool, Any]]:
-    return lambda row: (row.get(field) is not None, row.get(field))
+def _sort_key(field: str) -> Callable[[object], tuple[bool, Any]]:
+    return lambda row: (_field(row, field) is not None, _field(row, field))
 
 
-def page(rows: Sequence[Json], query: Query) -> tuple[list[Json], Json]:
+def _field(row: object, name: str) -> Any:
+    return row.get(name) if isinstance(row, dict) else getattr(row, name, None)
+
+
+def page(rows: Sequence[R], query: Query) -> tuple[list[R], Json]:
     """One page of the rows, and the pagination object that goes with it; per_page above 50 is 50."""
     number_of, size = _count(query, "page", 1), min(_count(query, "per_page", PER_PAGE_DEFAULT), PER_PAGE_MAX)
     last = max(1, -(-len(rows) // size))

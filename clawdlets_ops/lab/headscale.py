@@ -7,13 +7,15 @@ The root namespace is no node: tailscaled would put its rules and routes beside 
 really have. It reaches the tailnet through the operator's node, with that node's address. Nothing here knows an address
 outside of the lab: no public DERP map, no log, update or coordination server.
 
+Each server's node is its own (``host_tailnet.py``). The places for the others are ``addressing.plan_nodes``.
+
 Source of the settings: headscale's config-example.yaml (0.28), ``tailscaled --help`` (1.94).
 """
 
 from __future__ import annotations
 
 import json
-import logging
+import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,25 +25,27 @@ from typing import Any, Final
 
 from clawdlets_ops.errors import CommandError, LabError
 from clawdlets_ops.files import ensure_dir, read_private, write_atomic
-from clawdlets_ops.lab.addressing import Addressing, Batch
-from clawdlets_ops.lab.processes import ProcessId, wait_until
+from clawdlets_ops.lab.addressing import CONTROL_PORT, NODES, Addressing
+from clawdlets_ops.lab.processes import Group, wait_until
 from clawdlets_ops.process import Background, Command, Result, Runner, spawn
 from clawdlets_ops.sensitive import Secret
 
-log = logging.getLogger(__name__)
-
+AUTO: Final = "auto"
+REAL: Final = "real"
+STAND_IN: Final = "stand-in"
 DOMAIN: Final = "lab.internal"
 TAG: Final = "tag:clawdlets"
 STUN_PORT: Final = 3478
-CONTROL_PORT: Final = 443
+LOGIN_PORT: Final = 443
 KEY_EXPIRES_IN_S: Final = 90 * 24 * 3600
 EPHEMERAL_GONE_AFTER_S: Final = 70  # headscale refuses 65 and less
-NODES: Final = {"operator": 5, "member": 6}  # name (and user) of a node of the lab's own: where it is on the internet
 
 _START_TIMEOUT_S = 20.0
 _COMMAND_TIMEOUT_S = 30.0
 _JOIN_TIMEOUT_S = 45
+_STOP_TIMEOUT_S = 2.0
 _SOCKET_PATH_CHARS = 107  # unix(7)
+_TUN = Path("/dev/net/tun")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,37 @@ class Programs:
         found = cls(tools / "bin" / "headscale", tools / "bin" / "tailscaled", tools / "tailnet" / "tailscale")
         return found if all(path.exists() for path in (found.headscale, found.tailscaled, found.tailscale)) else None
 
+    def versions(self, runner: Runner) -> str:
+        """What they say of themselves; CommandError."""
+        headscale = runner.run(Command([self.headscale, "version", "--output", "json"], "ask headscale")).check()
+        tailscale = runner.run(Command([self.tailscale, "version"], "ask tailscale")).check()
+        # Without the marks of a build that knows nothing of its source.
+        return f"headscale {headscale.json()['version']}, tailscale {tailscale.stdout.split()[0].partition('-')[0]}"
+
+
+def obstacle(tools: Path, folder: Path, path: str) -> LabError | None:
+    """What keeps a lab from a real tailnet, None for nothing. ``tools``: ``.cache/tools``; ``folder``: where its sockets
+    and keys would be; ``path``: the search path."""
+    if Programs.find(tools) is None:
+        return LabError("headscale and tailscaled are not built", where=str(tools), fix="make tailnet")
+    if shutil.which("openssl", path=path) is None:
+        return LabError("openssl is not on PATH", where="openssl", fix="make setup (Debian package openssl)")
+    if not _TUN.exists():
+        return LabError("there is no such device", where=str(_TUN), fix="modprobe tun")
+    if len(str(folder / "headscale.sock")) > _SOCKET_PATH_CHARS:
+        return LabError(
+            "the path is too long for a socket", where=str(folder), fix="use a checkout with a shorter path"
+        )
+    return None
+
+
+def choose(wanted: str, tools: Path, folder: Path, path: str) -> str:
+    """``real`` or ``stand-in``, for ``auto`` whichever is possible; LabError when the real one is wanted and is not."""
+    hindered = None if wanted == STAND_IN else obstacle(tools, folder, path)
+    if wanted == REAL and hindered is not None:
+        raise hindered
+    return STAND_IN if wanted == STAND_IN or hindered is not None else REAL
+
 
 def login_server(net: Addressing) -> str:
     """What a node is told with ``--login-server``."""
@@ -69,7 +104,7 @@ def settings(net: Addressing, folder: Path) -> dict[str, Any]:
     address = net.outside(4)[0]
     return {
         "server_url": login_server(net),
-        "listen_addr": f"{address}:{CONTROL_PORT}",
+        "listen_addr": f"{address}:{LOGIN_PORT}",
         "tls_cert_path": str(folder / "cert.pem"),
         "tls_key_path": str(folder / "cert.key"),
         "metrics_listen_addr": "",
@@ -93,12 +128,14 @@ def settings(net: Addressing, folder: Path) -> dict[str, Any]:
                 "private_key_path": str(folder / "derp.key"),
                 "automatically_add_embedded_derp_region": True,
                 "ipv4": address,
+                "ipv6": "none",  # said, so that no node waits three seconds for an answer over IPv6
             },
             "urls": [],
             "paths": [],
             "auto_update_enabled": False,
         },
         "disable_check_updates": True,
+        "tuning": {"batch_change_delay": "10ms", "node_store_batch_timeout": "10ms"},  # else 800 and 500, at each step
         "logtail": {"enabled": False},
         "ephemeral_node_inactivity_timeout": f"{EPHEMERAL_GONE_AFTER_S}s",
         "database": {"type": "sqlite", "sqlite": {"path": str(folder / "db.sqlite"), "write_ahead_log": True}},
@@ -108,9 +145,9 @@ def settings(net: Addressing, folder: Path) -> dict[str, Any]:
     }
 
 
-def policy(control_port: int) -> dict[str, Any]:
+def policy() -> dict[str, Any]:
     """Whoever is on the tailnet reaches machines and member; of the operator's node only the positive control."""
-    destinations = [f"{TAG}:*", "member@:*", f"operator@:{control_port}"]
+    destinations = [f"{TAG}:*", "member@:*", f"operator@:{CONTROL_PORT}"]
     return {
         "tagOwners": {TAG: ["operator@"]},
         "acls": [{"action": "accept", "src": ["*"], "dst": destinations}],
@@ -123,87 +160,20 @@ def up_words(net: Addressing, hostname: str, key_file: str) -> list[str]:
     return [*words, "--accept-dns=false", "--netfilter-mode=off", f"--timeout={_JOIN_TIMEOUT_S}s"]
 
 
-def plan_nodes(net: Addressing) -> list[Batch]:
-    """From the stand-in's second network to two places for real nodes: its bridge goes, legs to the internet come."""
-    (op4, op6), (_, leg), (old4, old6) = net.operator, net.operator_legs, net.tailnet(1)
-    v4, v6 = f"100.64.{net.number}.0/24", f"fd7a:115c:a1e0:{net.number:x}::/64"
-    batches = [
-        Batch(
-            net.tailnet_ns,
-            (
-                "link delete mem",
-                "link delete br0",
-                "address add 172.31.1.2/32 dev op",
-                "address add fe80::2/64 dev op nodad",
-                f"route add {op4}/32 dev op",
-                f"route add {op6}/128 via fe80::1 dev op",
-            ),
-        ),
-        Batch(
-            None,
-            (
-                f"address delete {old4}/24 dev {leg}",
-                f"address delete {old6}/64 dev {leg}",
-                f"route add {v4} via 172.31.1.2 dev {leg} onlink src {op4}",
-                f"route add {v6} via fe80::2 dev {leg} src {op6}",
-            ),
-        ),
-    ]
-    for (name, last), namespace in zip(NODES.items(), (net.tailnet_ns, net.member_ns), strict=True):
-        ipv4, ipv6 = net.outside(last)
-        near = f"n-{name}"
-        batches += [
-            Batch(
-                net.internet_ns,
-                (
-                    f"link add {near} type veth peer name eth0 netns {namespace}",
-                    f"link set {near} addrgenmode none",
-                    f"link set {near} up",
-                    f"address add 172.31.1.1/32 dev {near}",
-                    f"address add fe80::1/64 dev {near} nodad",
-                    f"route add {ipv4}/32 dev {near}",
-                    f"route add {ipv6}/128 dev {near}",
-                ),
-            ),
-            Batch(
-                namespace,
-                (
-                    "link set eth0 addrgenmode none",
-                    "link set eth0 up",
-                    "address add fe80::3/64 dev eth0 nodad",
-                    f"address add {ipv4}/32 dev eth0",
-                    f"address add {ipv6}/128 dev eth0 nodad",
-                    "route add default via 172.31.1.1 dev eth0 onlink",
-                    "route add ::/0 via fe80::1 dev eth0",
-                ),
-            ),
-        ]
-    return batches
-
-
-def render_operator() -> str:
-    """The operator's node carries what the root namespace sends, with its own address, and lets nobody in to it."""
-    return """table inet operator
-delete table inet operator
-table inet operator {
-  chain forward {
-    type filter hook forward priority 0; policy drop;
-    ct state established,related accept
-    iifname "op" oifname "tailscale0" accept
-  }
-  chain postrouting {
-    type nat hook postrouting priority 100;
-    oifname "tailscale0" masquerade
-  }
-}
-"""
+def node_environment(certificate: Path) -> dict[str, str]:
+    """What a tailscaled of the lab gets: should it ever turn to the public coordination server, it ends there."""
+    return {
+        "SSL_CERT_FILE": str(certificate),
+        "TS_NO_LOGS_NO_SUPPORT": "true",
+        "TS_PANIC_IF_HIT_MAIN_CONTROL": "true",
+    }
 
 
 class RealTailnet:
-    """headscale, the operator's node and the member's, as children of the lab's process; they may outlive it.
+    """headscale, the operator's node and the member's, as children of the lab's process, in a control group of their own.
 
     ``folder`` (private) keeps keys and database, so that a lab that is mended finds its nodes again. ``path`` is the
-    search path for ``ip``. All of them run inside the lab's namespaces, where ``Network.sweep`` finds what was left.
+    search path for ``ip``. They may outlive the lab's process; ``Group`` and ``Network.sweep`` find what was left.
     """
 
     def __init__(self, net: Addressing, programs: Programs, folder: Path, runner: Runner, *, path: str) -> None:
@@ -212,75 +182,87 @@ class RealTailnet:
         self._folder = ensure_dir(folder)
         self._runner = runner
         self._path = path
+        self._group = Group(f"{net.prefix}/tailnet")
         self._children: dict[str, Background] = {}
-
-    @property
-    def socket(self) -> Path:
-        """The operator's node: what ``tailscale --socket`` is given."""
-        return self._folder / "operator.sock"
+        self._versions = ""
 
     @property
     def certificate(self) -> Path:
         """What every node has to trust, by ``SSL_CERT_FILE``."""
         return self._folder / "cert.pem"
 
-    def start(self, *, control_port: int = 4242) -> None:
+    def start(self) -> None:
         """Run everything, and return when the operator and the member are on the tailnet; LabError, CommandError.
 
-        The lab's networks are up, and ``plan_nodes`` and ``render_operator`` are in force.
+        The lab's networks are up, with places for nodes. What was started is ended when it does not get that far.
         """
-        if len(str(self._folder / "headscale.sock")) > _SOCKET_PATH_CHARS:
-            raise LabError("the path is too long for a socket", where=str(self._folder), fix="use a shorter path")
         self.stop()
-        self._make_certificate()
-        write_atomic(self._folder / "headscale.json", json.dumps(settings(self.net, self._folder), indent=1) + "\n")
-        write_atomic(self._folder / "policy.json", json.dumps(policy(control_port), indent=1) + "\n")
-        serve = [str(self._programs.headscale), "-c", str(self._folder / "headscale.json"), "serve"]
-        self._spawn("headscale", self.net.internet_ns, serve)
-        self._wait("headscale", lambda: self._try_headscale("users", "list").ok)
-        known = {user["name"] for user in self._headscale("users", "list") or []}
-        for name in NODES:
-            if name not in known:
-                self._headscale("users", "create", name)
-            self._start_node(name)
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """End the programs, also those of an earlier process of the lab. Keys and database stay."""
+        self._group.signal(signal.SIGTERM)
+        wait_until(lambda: not self._group.populated(), timeout_s=_STOP_TIMEOUT_S)
+        self._group.kill()
         for child in self._children.values():
-            child.terminate()
+            child.wait()
         self._children.clear()
-        for file in self._folder.glob("*.pid"):
-            process = ProcessId(*json.loads(file.read_text()))
-            process.signal(signal.SIGKILL)
-            wait_until(lambda found=process: not found.alive(), timeout_s=5.0)  # type: ignore[misc]
-            file.unlink()
+        self._group.remove()
+
+    close = stop
 
     def mint(
         self,
         *,
         user: str = "operator",
         tags: Sequence[str] = (TAG,),
-        ephemeral: bool = True,
+        ephemeral: bool = False,
         reusable: bool = True,
         expires_in_s: int = KEY_EXPIRES_IN_S,
     ) -> Secret:
-        """A new auth key; CommandError."""
+        """A new auth key; CommandError. With headscale 0.28 a node that joined by an ephemeral one does not survive a
+        reboot: it comes back as another, with other addresses. Hosts have a lasting one."""
         users = {found["name"]: found["id"] for found in self._headscale("users", "list") or []}
         words = ["preauthkeys", "create", "--user", str(users[user]), "--expiration", f"{expires_in_s}s"]
         words += [flag for flag, wanted in (("--ephemeral", ephemeral), ("--reusable", reusable)) if wanted]
         words += ["--tags", ",".join(tags)] if tags else []
         return Secret(self._headscale(*words)["key"], "tailnet auth key")
 
-    def status(self) -> dict[str, Any]:
+    def left(self, server_id: int) -> None:
+        """A server is down, or reboots: its node is still one, and headscale sees by itself that it is not there."""
+
+    def addresses(self, machines: Mapping[int, str]) -> dict[int, tuple[str, ...]]:
+        """By id, the tailnet addresses of those of these machines (id to host name) that are online; CommandError.
+
+        A machine that was made anew may have a forerunner of its name for a while: the younger node counts.
+        """
+        peers = sorted((self.status().get("Peer") or {}).values(), key=lambda peer: str(peer.get("Created")))
+        online = {peer["HostName"]: tuple(peer["TailscaleIPs"]) for peer in peers if peer.get("Online")}
+        return {server_id: online[name] for server_id, name in machines.items() if name in online}
+
+    def status(self, known: frozenset[int] = frozenset()) -> dict[str, Any]:  # noqa: ARG002 - headscale knows them
         """``tailscale status --json`` of the operator's node; CommandError."""
         return dict(self._tailscale("operator", "status", "--json").check().json())
 
-    def addresses(self, hostname: str) -> tuple[str, ...]:
-        """The tailnet addresses of the online peer of this host name, none when there is no such peer; CommandError."""
-        for peer in (self.status().get("Peer") or {}).values():
-            if peer["HostName"] == hostname and peer.get("Online"):
-                return tuple(peer["TailscaleIPs"])
-        return ()
+    def account(self) -> dict[str, Any]:
+        """``{kind, works, evidence}``."""
+        ended = [name for name, child in self._children.items() if child.poll() is not None]
+        if ended:
+            said = f"{', '.join(ended)} ended; see {self._folder / f'{ended[0]}.log'}"
+            return {"kind": REAL, "works": False, "evidence": said}
+        try:
+            status = self.status()
+        except CommandError as error:
+            return {"kind": REAL, "works": False, "evidence": f"the operator's node does not answer: {error.what}"}
+        peers = (status.get("Peer") or {}).values()
+        online = sum(bool(peer.get("Online")) for peer in peers)
+        said = f"{self._versions} at {login_server(self.net)}; the operator's node is {status['BackendState']}, "
+        said += f"{online} of {len(peers)} other nodes are online"
+        return {"kind": REAL, "works": status["BackendState"] == "Running", "evidence": said}
 
     def nodes(self) -> list[dict[str, Any]]:
         """The nodes as headscale knows them."""
@@ -295,22 +277,52 @@ class RealTailnet:
                 return
         raise LabError("is not on the tailnet", where=hostname)
 
-    def node_environment(self) -> Mapping[str, str]:
-        """What a tailscaled of the lab gets: should it ever turn to the public coordination server, it ends there."""
-        return {
-            "SSL_CERT_FILE": str(self.certificate),
-            "TS_NO_LOGS_NO_SUPPORT": "true",
-            "TS_PANIC_IF_HIT_MAIN_CONTROL": "true",
-        }
+    # How it is done
 
-    def _start_node(self, name: str) -> None:
-        namespace = dict(zip(NODES, (self.net.tailnet_ns, self.net.member_ns), strict=True))[name]
+    def _start(self) -> None:
+        self._versions = self._programs.versions(self._runner)
+        begun = self._folder / "begun"
+        if not begun.exists():
+            self._forget()
+        self._make_certificate()
+        write_atomic(self._folder / "headscale.json", json.dumps(settings(self.net, self._folder), indent=1) + "\n")
+        write_atomic(self._folder / "policy.json", json.dumps(policy(), indent=1) + "\n")
+        self._group.make()
+        serve = [str(self._programs.headscale), "-c", str(self._folder / "headscale.json"), "serve"]
+        self._spawn("headscale", self.net.internet_ns, serve)
+        for name, namespace in zip(NODES, (self.net.tailnet_ns, self.net.member_ns), strict=True):
+            self._spawn(name, namespace, self._node_argv(name))
+        socket = self._folder / "headscale.sock"
+        self._wait("headscale", lambda: socket.exists() and self._try_headscale("users", "list").ok)
+        known = {user["name"] for user in self._headscale("users", "list") or []}
+        for last, name in enumerate(NODES, 1):
+            if name not in known:
+                self._headscale("users", "create", name)
+            self._join(name)
+            addresses = tuple(self._own_status(name)["Self"]["TailscaleIPs"])
+            if addresses != self.net.tailnet(last):
+                raise LabError(
+                    f"the {name}'s node is {' '.join(addresses)}, which the lab does not expect",
+                    where="tailnet",
+                    fix="clawdlets lab down, then up",
+                )
+        write_atomic(begun, "")
+
+    def _forget(self) -> None:
+        """A start that did not come to its end: killed while it makes its database, headscale 0.28 does not open it again."""
+        for database in self._folder.glob("db.sqlite*"):
+            database.unlink()
+        for name in NODES:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+
+    def _node_argv(self, name: str) -> list[str]:
         state = ensure_dir(self._folder / name)
         argv = [str(self._programs.tailscaled), "--no-logs-no-support", "--tun=tailscale0", "--port=41641"]
-        argv += [f"--statedir={state}", f"--state={state / 'state'}", f"--socket={self._folder / f'{name}.sock'}"]
-        self._spawn(name, namespace, argv)
-        self._wait(name, lambda: self._state(name) in ("NeedsLogin", "Running", "Stopped"))
-        if self._state(name) == "Running":
+        return [*argv, f"--statedir={state}", f"--state={state / 'state'}", f"--socket={self._folder / f'{name}.sock'}"]
+
+    def _join(self, name: str) -> None:
+        self._wait(name, lambda: self._own_status(name).get("BackendState") in ("NeedsLogin", "Running", "Stopped"))
+        if self._own_status(name)["BackendState"] == "Running":
             return
         key_file = self._folder / f"{name}.key"
         key = self.mint(user=name, tags=(), ephemeral=False, reusable=False, expires_in_s=600)
@@ -320,35 +332,42 @@ class RealTailnet:
         finally:
             key_file.unlink()
 
-    def _state(self, name: str) -> str:
+    def _own_status(self, name: str) -> dict[str, Any]:
+        """Of this node without its peers; nothing when it does not answer."""
         found = self._tailscale(name, "status", "--json", "--peers=false")
         try:
-            return str(found.json()["BackendState"])
+            return dict(found.json())
         except CommandError:
-            return ""
+            return {}
 
     def _make_certificate(self) -> None:
         if self.certificate.exists():
             return
-        address = self.net.outside(4)[0]
+        address, new = self.net.outside(4)[0], self._folder / "cert.new"
         words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        words += ["-keyout", str(self._folder / "cert.key"), "-out", str(self.certificate), "-days", "365"]
+        words += ["-keyout", str(self._folder / "cert.key"), "-out", str(new), "-days", "365"]
         words += ["-subj", "/CN=the lab's tailnet", "-addext", f"subjectAltName=IP:{address}"]
         self._runner.run(Command(words, "make the tailnet's certificate", timeout_s=_COMMAND_TIMEOUT_S)).check()
+        new.rename(self.certificate)  # last: where it is, the key is whole
 
     def _spawn(self, name: str, namespace: str, argv: list[str]) -> None:
-        child = spawn(
-            ["ip", "netns", "exec", namespace, *argv],
-            env={"PATH": self._path, "HOME": str(self._folder), **self.node_environment()},
+        self._children[name] = spawn(
+            self._group.enter_argv(["ip", "netns", "exec", namespace, *argv]),
+            env={
+                "PATH": self._path,
+                "HOME": str(self._folder),
+                "TS_LOGS_DIR": str(self._folder),  # else it makes /var/lib/tailscale on this machine
+                **node_environment(self.certificate),
+            },
             log_file=self._folder / f"{name}.log",
         )
-        self._children[name] = child
-        if process := ProcessId.of(child.pid):
-            write_atomic(self._folder / f"{name}.pid", json.dumps([process.pid, process.start_ticks]))
 
     def _wait(self, name: str, ready: Callable[[], bool]) -> None:
         child = self._children[name]
-        if not wait_until(lambda: child.poll() is not None or ready(), timeout_s=_START_TIMEOUT_S) or child.poll():
+        if (
+            not wait_until(lambda: child.poll() is not None or ready(), timeout_s=_START_TIMEOUT_S)
+            or child.poll() is not None
+        ):
             tail = read_private(self._folder / f"{name}.log")[-400:]
             raise LabError(f"{name} does not run: {tail}", where="tailnet", fix=f"see {self._folder / f'{name}.log'}")
 

@@ -38,7 +38,7 @@ class Images(Desk[Snapshot]):
         require_unprotected(record, "snapshot deletion is protected")
         if record.status == "creating":
             raise ApiError(423, "locked", "the image is being made")
-        del self.state.images[record.id]
+        self.state.remove(record)
         backend = self._backend
         if isinstance(backend, SnapshotBackend):
             self.ledger.aside(lambda: backend.delete_image(record.id))
@@ -61,7 +61,7 @@ class Images(Desk[Snapshot]):
         self.ledger.require_unlocked(server)
         origin = self.state.image(server.image)
         image = Snapshot(
-            id=self.state.take_id(self.kind),
+            id=self.state.next_id(self.kind),
             description=description,
             created=self.ledger.timestamp(),
             labels=labels,
@@ -74,7 +74,7 @@ class Images(Desk[Snapshot]):
             os_flavor=origin["os_flavor"] if origin else "unknown",
             os_version=origin["os_version"] if origin else None,
         )
-        self.state.images[image.id] = image
+        self.state.add(image)
         backend = self._backend
         if not isinstance(backend, SnapshotBackend):
             return answer(self.ledger.done("create_image", server, image), image=image.view())
@@ -82,8 +82,8 @@ class Images(Desk[Snapshot]):
 
         def made(error: Json | None) -> None:
             image.status = "available"
-            if error is not None:
-                self.state.images.pop(image.id, None)
+            if error is not None and image.id in self.state.images:
+                self.state.remove(image)
 
         action = self.ledger.claim(server, "create_image", server.status, image)
         self.ledger.start(

@@ -1,45 +1,69 @@
 """A stand-in for the program ``nixos-anywhere``, for the lab alone: no Nix, no kexec, no disk is formatted.
 
-It takes the arguments that we give the real one and does over SSH what the real one does to a target, phase by phase, with
-the same ``### … ###`` marks. What differs, because it cannot be had here:
+It takes the command lines of the real one (``installer_arguments``) and does over SSH what the real one does to a target,
+phase by phase, with the same ``### … ###`` marks, through whatever ``ssh`` and ``ssh-copy-id`` stand first in PATH. Like
+the real one it tries some things again for ever, keeps a copy of the private key in TMPDIR, and would format an installed
+host without asking. What differs, because it cannot be had here:
 
-* *kexec*: nothing is booted. The running Debian is marked ``VARIANT_ID=installer``; like the real installer it keeps
-  addresses, host key and root's keys.
-* *disko*: ``/mnt`` is emptied. The lab boots what lies there after the next reboot, on top of its Debian base.
+* *kexec*: nothing is booted. A file system in memory lies over os-release, so that the Debian which runs says that it is
+  the NixOS installer until it reboots; like the real installer it keeps addresses, host key and root's keys.
+* *disko*: ``/mnt`` is emptied and mounted over itself. The lab boots what lies there after the next reboot, on top of its
+  Debian base.
 * *install*: extra-files exactly as the real one (tar, root:root, modes kept, ``chmod 755 /mnt``); the system closure is a
   Debian-based host profile laid out at the NixOS paths, made here from the fleet file the flake reference points to.
-* *reboot*: as the real one.
+* *reboot*: after one second instead of six.
 
 Where the real program is on PATH before the lab's folder, it is used instead.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
 import os
 import shlex
+import signal
 import sys
 import tarfile
+import tempfile
+import time
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
-
-from clawdlets_ops.errors import ClawdletsError, LabError
+from clawdlets_ops.errors import ClawdletsError, CommandError, LabError
 from clawdlets_ops.fleet import load_fleet
+from clawdlets_ops.lab.host_tailnet import host_files
+from clawdlets_ops.lab.installer_arguments import Abort, Arguments, parse_arguments
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import Command, LocalRunner, Result, Runner
 from clawdlets_ops.project import admin_keys
 
 STEP_TIMEOUT_S = 300.0
-GOES_DOWN_WITHIN_S = 60.0
-PROGRAMS = ("clawdlets-facts", "clawdlets-exposure", "clawdlets-activate", "clawdlets-join")
+POLL_S = 0.3
+UPLOAD_AGAIN_S = 3.0
+PROGRAMS = ("clawdlets-facts", "clawdlets-exposure", "clawdlets-activate", "clawdlets-sync")
 SYSTEM_PROFILE = "nix/var/nix/profiles/system"
+
+KEXEC = """\
+set -eu
+echo Downloading kexec tarball, this may take a moment...
+folder=/run/clawdlets-lab-installer
+mkdir -p $folder
+printf 'ID=nixos\\nVARIANT_ID=installer\\nNAME="the lab stand-in of the NixOS installer"\\n' >$folder/os-release
+mount --bind $folder/os-release /etc/os-release
+echo machine will boot into nixos in 0s...
+"""
+DISKO = """\
+set -eu
+while umount -R /mnt 2>/dev/null; do :; done
+mkdir -p /mnt
+find /mnt -mindepth 1 -delete
+chmod 755 /mnt
+mount --bind /mnt /mnt
+"""
 
 UNITS = {
     "sops-install-secrets.service": """\
@@ -50,6 +74,7 @@ Before=ssh.service tailscaled-autoconnect.service
 [Service]
 Type=oneshot
 RemainAfterExit=yes
+ExecStartPre=-/nix/var/nix/profiles/system/sw/bin/clawdlets-sync settle
 ExecStart=/nix/var/nix/profiles/system/sw/bin/clawdlets-activate
 [Install]
 WantedBy=multi-user.target
@@ -68,104 +93,65 @@ ExecStart=/nix/var/nix/profiles/system/sw/bin/clawdlets-exposure restore
 [Install]
 WantedBy=multi-user.target
 """,
-    "tailscaled-autoconnect.service": """\
-[Unit]
-Description=Join the lab's tailnet
-After=sops-install-secrets.service network.target
-Requires=sops-install-secrets.service
-StartLimitIntervalSec=0
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/nix/var/nix/profiles/system/sw/bin/clawdlets-join
-Restart=on-failure
-RestartSec=5
-[Install]
-WantedBy=multi-user.target
-""",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the lab's ``nixos-anywhere``."""
-    parser = argparse.ArgumentParser(prog="nixos-anywhere (lab stand-in)")
-    parser.add_argument("--lab-dir", type=Path, required=True)
-    parser.add_argument("--flake", required=True)
-    parser.add_argument("--target-host", required=True)
-    parser.add_argument("-i", dest="identity", required=True)
-    parser.add_argument("--extra-files", type=Path)
-    parser.add_argument("--phases", default="kexec,disko,install,reboot")
-    arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what it started is ended, its key removed
+    words = list(sys.argv[1:] if argv is None else argv)
+    lab_dir, words = Path(words[1]), words[2:]  # --lab-dir DIR, which the lab's wrapper puts first
     try:
-        install(
-            LocalRunner(os.environ),
-            lab_dir=arguments.lab_dir,
-            flake=arguments.flake,
-            target=arguments.target_host,
-            identity=arguments.identity,
-            extra_files=arguments.extra_files,
-            phases=tuple(phase for phase in arguments.phases.split(",") if phase),
-        )
-    except ClawdletsError as error:
-        sys.stderr.write(f"{error}\n")
+        arguments = parse_arguments(words)
+    except Abort as error:
+        sys.stderr.write(f"aborted: {error}\n")
         return 1
+    with tempfile.TemporaryDirectory(prefix="tmp.") as folder:
+        try:
+            install(LocalRunner(os.environ), arguments, lab_dir=lab_dir, folder=Path(folder))
+        except CommandError as error:
+            return error.exit_code or 1
+        except ClawdletsError as error:
+            sys.stderr.write(f"aborted: {error}\n")
+            return 1
     return 0
 
 
-def install(
-    runner: Runner,
-    *,
-    lab_dir: Path,
-    flake: str,
-    target: str,
-    identity: str,
-    extra_files: Path | None,
-    phases: tuple[str, ...],
-) -> None:
-    """Do ``phases`` to ``target`` (root@address)."""
-    remote = _Remote(runner, target, identity)
-    root, host = parse_flake(flake)
-    if unknown := set(phases) - {"kexec", "disko", "install", "reboot"}:
-        raise LabError(f"unknown phases: {', '.join(sorted(unknown))}")
-    _mark("Gathering machine facts")
-    installer = remote.run("grep -q '^VARIANT_ID=installer' /etc/os-release", check=False).ok
-    if "kexec" in phases and not installer:
+def install(runner: Runner, arguments: Arguments, *, lab_dir: Path, folder: Path) -> None:
+    """Do the phases to the target; ``folder`` takes the copy of the private key. CommandError, LabError."""
+    remote = _Remote(runner, arguments, folder)
+    root, host = parse_flake(arguments.flake)
+    _mark("Uploading install SSH keys")
+    remote.upload_key()
+    installer = remote.gather_facts()
+    if "kexec" in arguments.phases and not installer:
         _mark("Switching system into kexec")
-        # Debian's /etc/os-release is a link into /usr: a file of its own takes its place, whole.
-        remote.run(
-            "cp /usr/lib/os-release /etc/.os-release && echo VARIANT_ID=installer >>/etc/.os-release"
-            " && mv /etc/.os-release /etc/os-release"
-        )
-        installer = True
-    if set(phases) - {"kexec"} and not installer:
-        raise LabError("the target is not an installer", where=target, fix="run the kexec phase first")
-    if "disko" in phases:
+        remote.run('mkdir -p "$HOME/kexec" && cat >"$HOME/kexec/nixos-anywhere-kexec.sh"', stdin=KEXEC.encode())
+        remote.run('bash "$HOME/kexec/nixos-anywhere-kexec.sh"')
+        if not remote.gather_facts():
+            raise LabError("Failed to kexec into NixOS installer")
+    if "disko" in arguments.phases:
         _mark("Formatting hard drive with disko")
-        remote.run("rm -rf /mnt/.[!.]* /mnt/* && mkdir -p /mnt/etc && chmod 755 /mnt")
-    if "install" in phases:
+        remote.run(DISKO)
+    if "install" in arguments.phases:
         _mark("Uploading the system closure")
         remote.run(
             "mkdir -p /mnt && tar -C /mnt -xpf - --no-same-owner",
-            stdin=profile_archive(Layout(root), host, control=_tailnet_control(lab_dir)),
+            stdin=profile_archive(Layout(root), host, lab_dir=lab_dir),
         )
-        if extra_files is not None:
+        if arguments.extra_files:
             _mark("Copying extra files")
-            remote.run("tar -C /mnt -xpf - --no-same-owner && chmod 755 /mnt", stdin=extra_files_archive(extra_files))
+            remote.run("tar -C /mnt -xpf - --no-same-owner", stdin=extra_files_archive(Path(arguments.extra_files)))
+            remote.run("chmod 755 /mnt")
         _mark("Installing NixOS")
-        remote.run(f"ln -sfn {shlex.quote(_store_path())} /mnt/{SYSTEM_PROFILE} && sync")
-        print("installation finished!", flush=True)  # noqa: T201 - the real program's own words, on its standard output
-    if "reboot" in phases:
+        remote.run(f"ln -sfn {shlex.quote(system_path())} /mnt/{SYSTEM_PROFILE} && sync")
+        _say("installation finished!")
+    if "reboot" in arguments.phases:
         _mark("Rebooting")
         remote.run("nohup sh -c 'sleep 1; systemctl reboot' >/dev/null 2>&1 </dev/null &")
         _mark("Waiting for the machine to become unreachable due to reboot")
-        gone = Retrying(
-            stop=stop_after_delay(GOES_DOWN_WITHIN_S),
-            wait=wait_fixed(0.3),
-            retry=retry_if_result(lambda up: up),
-            retry_error_callback=lambda _: True,
-        )(lambda: remote.run("exit 0", check=False).ok)
-        if gone:
-            raise LabError(f"the machine did not go down within {GOES_DOWN_WITHIN_S:g} s", where=target)
+        while remote.run("exit 0", check=False).ok:
+            time.sleep(POLL_S)
     _mark("Done!")
 
 
@@ -178,13 +164,13 @@ def parse_flake(flake: str) -> tuple[Path, str]:
     return Path(parts.path), host
 
 
-def profile_files(layout: Layout, host: str, *, control: str) -> dict[str, tuple[int, bytes]]:
+def profile_files(layout: Layout, host: str, *, lab_dir: Path) -> dict[str, tuple[int, bytes]]:
     """The host profile: path below the root → mode and content. Nothing secret: the payload brings that."""
     fleet = load_fleet(layout.fleet_file)
     declared = fleet.host(host)
     shipped = resources.files("clawdlets_ops.lab") / "profile"
     programs = {name: (shipped / name).read_bytes() for name in PROGRAMS}
-    profile = {"host": host, "tailnetControl": control}
+    profile = {"host": host}
     files: dict[str, tuple[int, bytes]] = {
         "etc/hostname": (0o644, f"{host}\n".encode()),
         "etc/hosts": (0o644, f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {host}\n".encode()),
@@ -205,22 +191,20 @@ def profile_files(layout: Layout, host: str, *, control: str) -> dict[str, tuple
             b"public\n" if declared.ssh_exposure.mode == "public" else b"bootstrap\n",
         ),
     }
-    units = dict(UNITS)
-    if declared.tailnet.mode == "tailscale":
-        files["etc/clawdlets/tailscale"] = (0o644, b"")
-    else:
-        del units["tailscaled-autoconnect.service"]
-    for name, text in units.items():
+    for name, text in UNITS.items():
         files[f"etc/systemd/system/{name}"] = (0o644, text.encode())
     store = _store_name(programs)
     for name, content in programs.items():
         files[f"nix/store/{store}/sw/bin/{name}"] = (0o555, content)
+    if declared.tailnet.mode == "tailscale":
+        files["etc/clawdlets/tailscale"] = (0o644, b"")
+        files |= host_files(lab_dir, host, f"nix/store/{store}/sw/bin")
     return files
 
 
-def profile_archive(layout: Layout, host: str, *, control: str) -> bytes:
+def profile_archive(layout: Layout, host: str, *, lab_dir: Path) -> bytes:
     """The host profile as a tar stream, with its units enabled."""
-    files = profile_files(layout, host, control=control)
+    files = profile_files(layout, host, lab_dir=lab_dir)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         folders: set[str] = set()
@@ -260,16 +244,44 @@ def extra_files_archive(folder: Path) -> bytes:
 
 
 class _Remote:
-    """Runs commands on the target through whatever ``ssh`` stands first in PATH."""
+    """Runs commands on the target through whatever ``ssh`` stands first in PATH, with the options of the real program."""
 
-    def __init__(self, runner: Runner, target: str, identity: str) -> None:
+    def __init__(self, runner: Runner, arguments: Arguments, folder: Path) -> None:
         self._runner = runner
-        self._argv = ["ssh", "-i", identity, "-o", "ConnectTimeout=5", target.replace("[", "").replace("]", "")]
+        self._identity = arguments.identity
+        self._key = folder / "nixos-anywhere"
+        self._options = ["-o", "IdentitiesOnly=yes", "-i", str(self._key)]
+        self._options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=no"]
+        self._options += ["-p", arguments.port] if arguments.port else []
+        self._options += [word for option in arguments.ssh_options for word in ("-o", option)]
+        self._target = f"{arguments.user}@{arguments.address}"
+
+    def upload_key(self) -> None:
+        """Put our key among the target's; again and again until it is taken, as the real program does."""
+        (Path.home() / ".ssh").mkdir(mode=0o700, parents=True, exist_ok=True)  # ssh-copy-id wants it
+        if self._identity:
+            self._key.write_bytes(b"")
+            self._key.chmod(0o600)
+            self._key.write_bytes(Path(self._identity).read_bytes())
+            public = self._runner.run(Command(["ssh-keygen", "-y", "-f", self._key], "read the key")).check().stdout
+            self._key.with_suffix(".pub").write_text(public)
+        else:
+            argv = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "nixos-anywhere", "-f", str(self._key)]
+            self._runner.run(Command(argv, "make a key")).check()
+        argv = ["ssh-copy-id", "-o", "IdentitiesOnly=no", "-o", "ConnectTimeout=10", *self._options, self._target]
+        upload = Command(argv, "upload the key", timeout_s=STEP_TIMEOUT_S)
+        while not self._runner.run(upload, on_line=_say).ok:
+            time.sleep(UPLOAD_AGAIN_S)
+
+    def gather_facts(self) -> bool:
+        """Whether the installer runs there."""
+        _mark("Gathering machine facts")
+        said = self.run("cat /etc/os-release").stdout.replace('"', "").splitlines()
+        return "ID=nixos" in said and "VARIANT_ID=installer" in said
 
     def run(self, command: str, *, stdin: bytes | None = None, check: bool = True) -> Result:
-        result = self._runner.run(
-            Command([*self._argv, command], "reach the target", stdin=stdin, timeout_s=STEP_TIMEOUT_S)
-        )
+        argv = ["ssh", "-T", *self._options, "-o", "ConnectTimeout=10", self._target, command]
+        result = self._runner.run(Command(argv, "reach the target", stdin=stdin, timeout_s=STEP_TIMEOUT_S))
         if check and not result.ok:
             # As the real program: the client's own words are on the log.
             sys.stdout.write(result.stderr)
@@ -278,16 +290,13 @@ class _Remote:
         return result
 
 
-def _tailnet_control(lab_dir: Path) -> str:
-    return str(json.loads((lab_dir / "lab.json").read_text())["tailnetControl"])
-
-
 def _store_name(programs: dict[str, bytes]) -> str:
     digest = hashlib.sha256(b"".join(programs[name] for name in sorted(programs))).hexdigest()
     return f"{digest[:32]}-clawdlets-lab-system"
 
 
-def _store_path() -> str:
+def system_path() -> str:
+    """The store path of the host profile's system."""
     shipped = resources.files("clawdlets_ops.lab") / "profile"
     return f"/nix/store/{_store_name({name: (shipped / name).read_bytes() for name in PROGRAMS})}"
 
@@ -305,7 +314,11 @@ def _owned_by_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def _mark(text: str) -> None:
-    print(f"### {text} ###", flush=True)  # noqa: T201 - the real program's marks, on its standard output
+    _say(f"### {text} ###")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - the real program's own words, on its standard output
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from clawdlets_ops.errors import LabError
-from clawdlets_ops.files import read_private, write_atomic
 from clawdlets_ops.lab import edge
 from clawdlets_ops.lab.backend import MachineSpec
 from clawdlets_ops.lab.catalogue import Json, find
 from clawdlets_ops.lab.edge import Rules
 from clawdlets_ops.lab.grammar import ApiError
 from clawdlets_ops.lab.records import RESOURCE_TYPES, Action, Record, Server, State
+from clawdlets_ops.lab.store import Store
 from clawdlets_ops.lab.workers import Workers, attempt
 
 DELETED = "deleted"
@@ -28,17 +27,16 @@ log = logging.getLogger(__name__)
 
 
 class Ledger:
-    """Holds a State; LabError or SettingsError when the state file is not usable.
+    """Holds a State and stores its changes; LabError or SettingsError when the state file is not usable.
 
     ``state`` is read under ``lock`` and changed inside ``mutation`` only.
     """
 
     def __init__(self, state_file: Path | None, clock: Callable[[], datetime]) -> None:
         self.lock = threading.RLock()
-        self.state = _load(state_file)
-        self._state_file = state_file
+        self._store = Store(state_file)
+        self.state = self._store.state
         self._clock = clock
-        self._committed = self.state.to_json()
         self._local = threading.local()
         self._workers = Workers()
 
@@ -55,22 +53,17 @@ class Ledger:
 
     @contextmanager
     def mutation(self) -> Iterator[State]:
-        """Hold the lock, then persist what changed. A refusal (an exception inside) must come before any change."""
+        """Hold the lock, then store what changed. A refusal (an exception inside) must come before any change."""
         with self.lock:
             yield self.state
-            text = self.state.to_json()
-            if text == self._committed:
-                return
-            if self._state_file is not None:
-                write_atomic(self._state_file, text)
-            self._committed = text
-            self._local.mutations = self.mutations() + 1
+            if self._store.commit():
+                self._local.mutations = self.mutations() + 1
 
     def action(self, command: str, *resources: Record) -> Action:
         """A new running action."""
         named: list[Json] = [{"id": resource.id, "type": RESOURCE_TYPES[type(resource)]} for resource in resources]
-        action = Action(self.state.take_id("actions"), command, "running", self.timestamp(), named)
-        self.state.actions[action.id] = action
+        action = Action(self.state.next_id("actions"), command, "running", self.timestamp(), named)
+        self.state.add(action)
         self.state.forget_old_actions()
         return action
 
@@ -124,7 +117,7 @@ class Ledger:
                 if status is not None:
                     server.locked, server.status = False, status if error is None else failed
                 if exists and server.status == DELETED:
-                    self._forget(server)
+                    self.state.forget_server(server)
                 if then is not None:
                     then(error)
                 for action in actions:
@@ -146,7 +139,7 @@ class Ledger:
         with self.mutation() as state:
             orphans = [action for action in state.actions.values() if action.status == "running"]
             for image in [image for image in state.images.values() if image.status == "creating"]:
-                del state.images[image.id]
+                state.remove(image)
             for server in state.servers.values():
                 if server.locked:
                     server.locked, server.status = False, UNKNOWN
@@ -158,24 +151,10 @@ class Ledger:
                 action.settle(self.timestamp(), {"code": "interrupted", "message": "the lab was stopped meanwhile"})
 
     def close(self, timeout_s: float) -> None:
-        """Let the workers finish what is queued, for at most ``timeout_s`` seconds each."""
+        """Let the workers finish what is queued, for at most ``timeout_s`` seconds."""
+        self._workers.wait(timeout_s)
         with self.lock:
-            join = self._workers.retire_all()
-        join(timeout_s)
-
-    def _forget(self, server: Server) -> None:
-        self.state.forget_server(server)
-        self._workers.retire(server.id)
-
-
-def _load(state_file: Path | None) -> State:
-    if state_file is None or not state_file.exists():
-        return State()
-    try:
-        return State.from_json(read_private(state_file))
-    except (ValueError, KeyError, TypeError) as error:
-        fix = "take the lab down, and remove the file"
-        raise LabError(f"is not a state of this lab ({error})", where=str(state_file), fix=fix) from error
+            self._store.close()
 
 
 def _spec(state: State, server: Server) -> MachineSpec:

@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -120,6 +120,14 @@ class Machine:
         """Write machine.json: what is needed to make the machine again after the lab's daemon has died."""
         with self._changed:
             self.desired.write(self.disk.folder / RECORD_FILE)
+
+    def readdress(self, spec: MachineSpec) -> None:
+        """It has the public addresses of ``spec`` from the next boot on; BackendError when it is on."""
+        with self._changed:
+            if self.running:
+                raise BackendError("server_not_stopped", "the machine is on")
+            self.desired.spec = replace(self.desired.spec, ipv4=spec.ipv4, ipv6_network=spec.ipv6_network)
+            self.save()
 
     def order_rescue(self, keys: tuple[str, ...] | None) -> None:
         """The next boot is into the rescue system with these keys; None takes the order back."""
@@ -245,11 +253,11 @@ class Machine:
     def _boot(self) -> Background:
         """Start it and wait for its init; ClawdletsError."""
         spec, network = self.desired.spec, self._site.network
-        key = network.net.key_of(spec.ipv4)
-        if key is None:
-            raise BackendError("action_failed", f"{spec.ipv4} is not an address of this lab")
+        for address in filter(None, (spec.ipv4, spec.ipv6_network.removesuffix("/64"))):
+            if network.net.key_of(address) is None:
+                raise BackendError("action_failed", f"{address} is not an address of this lab")
         self._mount()
-        network.attach(spec.server_id, key)
+        network.attach(spec.server_id, spec.ipv4, spec.ipv6_network)
         self._group.make()
         process = spawn(
             self._group.enter_argv(self._nspawn()),

@@ -1,6 +1,6 @@
 """Servers as systemd-nspawn machines: real systemd, real sshd, booted from an overlay disk in a namespace of their own.
 
-The backend of the emulated cloud, with rescue and snapshots. A machine's folder holds ``disk/``, ``console.log`` and
+The backend of the emulated cloud, with rescue, snapshots and any public addresses. A machine's folder holds ``disk/``, ``console.log`` and
 ``machine.json``; the folder ``images`` beside the machines' holds a snapshot's disk per id. ``machine.py`` is one
 machine's life.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clawdlets_ops.errors import ClawdletsError
-from clawdlets_ops.files import ensure_dir
+from clawdlets_ops.files import PRIVATE_FILE, ensure_dir
 from clawdlets_ops.lab.backend import BackendError, MachineSpec
 from clawdlets_ops.lab.disk import Disk, copy_tree, remove_tree
 from clawdlets_ops.lab.machine import RECORD_FILE, Desired, Machine, Rules, Site, forget_nspawn
@@ -44,7 +44,7 @@ class MachineState:
 
 
 class Machines:
-    """The backend of the lab: MachineBackend, RescueBackend and SnapshotBackend.
+    """The backend of the lab: MachineBackend, RescueBackend, SnapshotBackend and AddressingBackend.
 
     ``folder`` holds a folder per machine; ``base`` is the Debian they all start from. ``path`` is the search path for
     systemd-nspawn. ``on_down`` is told the id of a machine that stops or reboots,
@@ -68,6 +68,8 @@ class Machines:
         self._network = network
         self._runner = runner
         self._site = Site(network, path, on_down, on_off)
+        self._cuts = folder.with_name("cut_established")
+        network.cut_established = self._cuts.exists()
         self._lock = threading.RLock()
         self._metadata: MetadataService | None = None
         self._machines: dict[int, Machine] = {}
@@ -125,6 +127,7 @@ class Machines:
             with self._lock:
                 del self._machines[server_id]
                 self._filter()
+            self._network.forget(server_id)
 
     def set_rules(self, server_id: int, rules: Rules) -> None:
         machine = self._get(server_id)
@@ -136,6 +139,10 @@ class Machines:
                 machine.desired.rules = before
                 raise
             machine.save()
+
+    def set_addresses(self, spec: MachineSpec) -> None:
+        with _as_backend_error():
+            self._get(spec.server_id).readdress(spec)
 
     def enable_rescue(self, server_id: int, authorized_keys: tuple[str, ...]) -> None:
         with _as_backend_error():
@@ -208,10 +215,22 @@ class Machines:
             return None if machine is None else machine.desired.spec
 
     def cut_established(self, cut: bool) -> None:
-        """Whether a change of rules ends the flows that only the old rules let begin; off from the start."""
+        """Whether a change of rules ends the flows that only the old rules let begin; no, until this is called.
+
+        It survives the lab's daemon.
+        """
         with _as_backend_error(), self._lock:
             self._network.cut_established = cut
             self._filter()
+            if cut:
+                self._cuts.touch(PRIVATE_FILE)
+            else:
+                self._cuts.unlink(missing_ok=True)
+
+    @property
+    def cuts_established(self) -> bool:
+        """What ``cut_established`` was last told."""
+        return self._network.cut_established
 
     # How it is done
 

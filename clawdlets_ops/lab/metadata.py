@@ -1,7 +1,8 @@
 """The metadata service at 169.254.169.254, as a server of Hetzner's sees it: no token, no header, any local process.
 
 It listens in the lab's internet, one for all servers, and tells who asks by the address that the connection comes from.
-Whoever is no running server gets 404 (the firewall keeps them out anyway). No firewall rule can block it.
+Whoever is no running server gets 404 (the firewall keeps them out anyway). No firewall rule can block it. A server
+without an IPv4 address does not reach it (chosen: no source says how Hetzner's does).
 
 Paths and fields: Hetzner's server documentation, and what cloud-init's data source reads.
 """
@@ -51,10 +52,9 @@ def answer(path: str, spec: MachineSpec) -> str | None:
 
 def _document(spec: MachineSpec) -> dict[str, Any]:
     ipv6 = spec.ipv6_network.replace("::/", "::1/")
-    subnets: list[dict[str, Any]] = [
-        {"ipv4": True, "type": "dhcp"},
-        {"ipv6": True, "type": "static", "address": ipv6, "gateway": "fe80::1", "dns_nameservers": []},
-    ]
+    subnets: list[dict[str, Any]] = [{"ipv4": True, "type": "dhcp"}]
+    if ipv6:
+        subnets.append({"ipv6": True, "type": "static", "address": ipv6, "gateway": "fe80::1", "dns_nameservers": []})
     return {
         "availability-zone": _ZONE,
         "hostname": spec.name,

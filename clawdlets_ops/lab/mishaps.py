@@ -143,14 +143,11 @@ class Mishaps:
             machines.fill(fault)
         elif machines is not None and fault.kind == "scan":
             targets = [
-                address
-                for state in machines.concerned(fault)
-                if (address := self._network.public(state.server_id)) is not None
+                address for state in machines.concerned(fault) for address in self._network.public(state.server_id)
             ]
             if not targets:
                 raise LabError("no such server is running", where=fault.subject, fix="clawdlets lab status")
-            addresses = [address for pair in targets for address in pair]
-            threading.Thread(target=self._scan, args=(ident, addresses), name="scan", daemon=True).start()
+            threading.Thread(target=self._scan, args=(ident, targets), name="scan", daemon=True).start()
 
     def _clear(self, ident: str, fault: Fault) -> None:
         if fault.kind in LINK_KINDS:

@@ -14,9 +14,17 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from clawdlets_ops.errors import LabError
-from clawdlets_ops.lab.addressing import Addressing, Batch, plan_attach, plan_join, plan_up
+from clawdlets_ops.lab.addressing import (
+    Addressing,
+    Batch,
+    plan_attach,
+    plan_join,
+    plan_nodes,
+    plan_second_network,
+    plan_up,
+)
 from clawdlets_ops.lab.backend import Rule
-from clawdlets_ops.lab.packet_filter import render_cloud, render_tailnet
+from clawdlets_ops.lab.packet_filter import render_cloud, render_operator, render_tailnet
 from clawdlets_ops.process import Command, Result, Runner
 
 NETNS_DIR: Final = Path("/run/netns")
@@ -47,14 +55,17 @@ class Network:
     def __init__(self, net: Addressing, runner: Runner, *, cut_established: bool = False) -> None:
         self.net = net
         self.cut_established = cut_established
+        self.nodes = False
         self._runner = runner
         self._lock = threading.RLock()
-        self._keys: dict[int, int] = {}
+        self._addresses: dict[int, tuple[str, str]] = {}
+        self._tailnet_keys: dict[int, int] = {}
         self._joined: set[int] = set()
 
-    def up(self) -> None:
-        """Make everything but the servers; CommandError."""
-        net = self.net
+    def up(self, *, nodes: bool = False) -> None:
+        """Make everything but the servers; CommandError. ``nodes``: with places for the nodes of a real tailnet instead
+        of the second network that stands in for one."""
+        net, self.nodes = self.net, nodes
         for namespace in (net.internet_ns, net.stranger_ns, net.tailnet_ns, net.member_ns):
             self._add_namespace(namespace)
         in_namespace(net.internet_ns, lambda: _sysctl(_ROUTER))
@@ -63,6 +74,12 @@ class Network:
             _sysctl({f"net/ipv6/conf/{leg}/disable_ipv6": "0", f"net/ipv6/conf/{leg}/accept_ra": "0"})
         self.filter({})
         self._apply(plan_up(net)[1:])
+        if nodes:
+            in_namespace(net.tailnet_ns, lambda: _sysctl(_ROUTER))
+            self._nft(net.tailnet_ns, render_operator())
+            self._apply(plan_nodes(net))
+            return
+        self._apply(plan_second_network(net))
         # After the bridge: loaded before there is one, the chain sees no packet (measured, Linux 6.18, nft 1.0.6).
         self._nft(net.tailnet_ns, render_tailnet())
         _sysctl({f"{family}/neigh/{net.operator_legs[1]}/retrans_time_ms": _RETRANS_MS for family in _FAMILIES})
@@ -79,35 +96,50 @@ class Network:
         """
         self._nft(self.net.internet_ns, render_cloud(edges, cut_established=self.cut_established))
 
-    def attach(self, server_id: int, key: int) -> None:
-        """A fresh namespace for the server, with its internet leg. What an earlier boot left is removed first."""
+    def attach(self, server_id: int, ipv4: str, ipv6_network: str) -> None:
+        """A fresh namespace for the server, with its internet leg; "" for an address that it has not. What an earlier boot
+        left is removed first."""
         with self._lock:
             self.detach(server_id)
             self._add_namespace(self.net.machine_ns(server_id))
-            self._apply(plan_attach(self.net, server_id, key))
-            self._keys[server_id] = key
+            self._apply(plan_attach(self.net, server_id, ipv4, ipv6_network))
+            self._addresses[server_id] = ipv4, ipv6_network
 
     def detach(self, server_id: int) -> None:
         """Remove the server's namespace and both legs; nothing to do is fine."""
         with self._lock:
-            self._keys.pop(server_id, None)
+            self._addresses.pop(server_id, None)
             self._joined.discard(server_id)
             self._delete_link(self.net.internet_ns, f"s{server_id}")
             self._delete_link(self.net.tailnet_ns, f"t{server_id}")
             self._delete_namespace(self.net.machine_ns(server_id))
 
+    def forget(self, server_id: int) -> None:
+        """The server is gone for good: what was its own on the tailnet is free."""
+        with self._lock:
+            self._tailnet_keys.pop(server_id, None)
+
+    def public(self, server_id: int) -> tuple[str, ...]:
+        """The public addresses, IPv4 first, of a server that is attached; none of another."""
+        with self._lock:
+            found = self._addresses.get(server_id, ())
+        return tuple(address.replace("::/64", "::1") for address in found if address)
+
     def server_at(self, address: str) -> int | None:
         """The attached server with this public address."""
-        key = self.net.key_of(address)
         with self._lock:
-            return next((server_id for server_id, its in self._keys.items() if its == key), None)
+            attached = list(self._addresses)
+        return next((server_id for server_id in attached if address in self.public(server_id)), None)
 
     def join(self, server_id: int) -> tuple[str, str]:
         """Give the server its ``tailscale0``, unless it has it; its tailnet addresses. LabError when it is not there."""
         with self._lock:
-            if server_id not in self._keys:
+            if server_id not in self._addresses:
                 raise LabError("is not running", where=f"server {server_id}")
-            key = self._keys[server_id]
+            key = self._tailnet_keys.get(server_id)
+            if key is None:
+                key = self.net.tailnet_key(self.public(server_id), self._tailnet_keys.values())
+                self._tailnet_keys[server_id] = key
             if server_id not in self._joined:
                 self._apply(plan_join(self.net, server_id, key))
                 self._joined.add(server_id)
@@ -116,7 +148,7 @@ class Network:
     def joined(self, server_id: int) -> tuple[str, str] | None:
         """The server's tailnet addresses while it is on the tailnet."""
         with self._lock:
-            return self.net.tailnet(self._keys[server_id]) if server_id in self._joined else None
+            return self.net.tailnet(self._tailnet_keys[server_id]) if server_id in self._joined else None
 
     def sweep(self) -> None:
         """Remove all that a lab of this number has, whoever made it, and end what runs in its namespaces."""

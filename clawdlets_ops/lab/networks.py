@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
-from clawdlets_ops.lab import grammar
+from clawdlets_ops.lab import grammar, views
 from clawdlets_ops.lab.catalogue import Json
 from clawdlets_ops.lab.desk import Desk, answer, change_protection, require_unprotected
 from clawdlets_ops.lab.grammar import ApiError
@@ -32,13 +32,13 @@ class Networks(Desk[Network]):
         name, labels = self.named(body)
         ip_range = _network_range(body)
         exposed = grammar.flag(body, "expose_routes_to_vswitch", False)
-        network = Network(self.state.next_ids[self.kind], name, self.ledger.timestamp(), labels, ip_range)
+        network = Network(self.state.next_id(self.kind), name, self.ledger.timestamp(), labels, ip_range)
         network.expose_routes_to_vswitch = exposed
         for subnet in grammar.objects(body, "subnets"):
             _add_subnet(network, subnet)
         for route in grammar.objects(body, "routes"):
             _add_route(network, route)
-        self.state.networks[self.state.take_id(self.kind)] = network
+        self.state.add(network)
         return {"network": self.view(network)}
 
     def check_update(self, record: Network, body: Json) -> Json:
@@ -48,9 +48,10 @@ class Networks(Desk[Network]):
     def delete(self, record: Network) -> None:
         """Attached servers lose their interface in it."""
         require_unprotected(record, "network is delete protected")
-        for server in self.state.servers.values():
+        for server_id in views.attached_to(self.state, record.id):
+            server = self.state.servers[server_id]
             server.private_net = [one for one in server.private_net if one["network"] != record.id]
-        del self.state.networks[record.id]
+        self.state.remove(record)
 
     def act(self, record: Network, command: str, body: Json) -> Json:
         match command:
@@ -64,7 +65,7 @@ class Networks(Desk[Network]):
                 route = {name: grammar.text(body, name) for name in ("destination", "gateway")}
                 if route not in record.routes:
                     raise grammar.not_found("routes", route["destination"])
-                record.routes.remove(route)
+                record.routes = [one for one in record.routes if one != route]
             case "change_ip_range":
                 ip_range = _network_range(body)
                 if not IPv4Network(record.ip_range).subnet_of(IPv4Network(ip_range)):
@@ -83,7 +84,7 @@ class Networks(Desk[Network]):
         addresses = taken(self.state, network) - {network.gateway}
         if any(address in IPv4Network(ip_range) for address in addresses):
             raise ApiError(422, "service_error", "cannot delete subnet because servers are attached to it")
-        network.subnets.remove(found)
+        network.subnets = [subnet for subnet in network.subnets if subnet != found]
 
 
 def member_rows(state: State, network: Network) -> list[Json]:
@@ -117,17 +118,16 @@ def attach(state: State, server: Server, network: Network, body: Json) -> None:
         raise ApiError(422, "networks_overlap", "the network overlaps with another network of the server")
     address = _choose(state, network, body)
     aliases = _aliases(state, network, body, own={address})
-    server.private_net.append(
-        {
-            "network": network.id,
-            "ip": str(address),
-            "alias_ips": aliases,
-            "mac_address": f"86:00:00:{server.id >> 8 & 0xFF:02x}:{server.id & 0xFF:02x}:{network.id & 0xFF:02x}",
-        }
-    )
+    interface = {
+        "network": network.id,
+        "ip": str(address),
+        "alias_ips": aliases,
+        "mac_address": f"86:00:00:{server.id >> 8 & 0xFF:02x}:{server.id & 0xFF:02x}:{network.id & 0xFF:02x}",
+    }
+    server.private_net = [*server.private_net, interface]
 
 
-def interface_of(server: Server, network_id: int) -> Json:
+def interface_of(server: Server, network_id: int) -> Mapping[str, Any]:
     found = next((one for one in server.private_net if one["network"] == network_id), None)
     if found is None:
         raise ApiError(422, "service_error", f"server is not attached to network with ID {network_id}")
@@ -136,13 +136,15 @@ def interface_of(server: Server, network_id: int) -> Json:
 
 def change_aliases(state: State, server: Server, network: Network, body: Json) -> None:
     interface = interface_of(server, network.id)
-    own = {IPv4Address(interface["ip"])}
-    before, interface["alias_ips"] = interface["alias_ips"], []
+    others = [one for one in server.private_net if one["network"] != network.id]
+    before = server.private_net
+    server.private_net = [*others, {**interface, "alias_ips": []}]
     try:
-        interface["alias_ips"] = _aliases(state, network, body, own=own)
+        aliases = _aliases(state, network, body, own={IPv4Address(interface["ip"])})
     except ApiError:
-        interface["alias_ips"] = before
+        server.private_net = before
         raise
+    server.private_net = [one if one in others else {**one, "alias_ips": aliases} for one in before]
 
 
 def taken(state: State, network: Network) -> set[IPv4Address]:
@@ -242,7 +244,7 @@ def _add_subnet(network: Network, body: Json) -> None:
         if free is None:
             raise ApiError(422, "no_subnet_available", "the network has no room for a subnet")
         wanted = free
-    network.subnets.append({"type": kind, "ip_range": str(wanted), "network_zone": _ZONE})
+    network.subnets = [*network.subnets, {"type": kind, "ip_range": str(wanted), "network_zone": _ZONE}]
 
 
 def _add_route(network: Network, body: Json) -> None:
@@ -259,4 +261,4 @@ def _add_route(network: Network, body: Json) -> None:
         raise grammar.invalid("destination", "has a route")
     if gateway not in IPv4Network(network.ip_range) or gateway == network.gateway:
         raise grammar.invalid("gateway", "must be an address of the network, and not its first one")
-    network.routes.append({"destination": str(destination), "gateway": str(gateway)})
+    network.routes = [*network.routes, {"destination": str(destination), "gateway": str(gateway)}]

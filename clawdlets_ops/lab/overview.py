@@ -13,6 +13,8 @@ from clawdlets_ops.verify.exposure import Exposure, measure_exposure
 
 REQUESTS_SHOWN = 10
 
+_TAILNETS = {"real": "the real one", "stand-in": "the stand-in"}
+
 Requests = Sequence[Mapping[str, Any]]
 
 
@@ -31,12 +33,17 @@ def text(status: LabStatus, requests: Requests = (), exposures: Mapping[str, Exp
         more = "; clawdlets lab up mends it, clawdlets lab down clears it away" if status.state == "dead" else ""
         return f"the lab is {status.state}{more}"
     parts = [f"the lab is up (number {status.number}): {status.endpoint}"]
+    if (tailnet := status.tailnet) is not None:
+        mend = "" if tailnet.works else "; clawdlets lab up mends it"
+        parts[0] += f"\nits tailnet is {_TAILNETS.get(tailnet.kind, tailnet.kind)}: {tailnet.evidence}{mend}"
+    if status.cut_established:
+        parts[0] += "\na change of firewall rules ends the flows that the new rules would not let begin"
     machines = [
         (
             server.name,
-            server.status,
-            server.ipv4,
-            server.ipv6,
+            f"{server.status} (rescue)" if server.in_rescue and server.leader_pid else server.status,
+            server.ipv4 or "-",
+            server.ipv6 or "-",
             " ".join(server.tailnet) or "-",
             "yes" if server.installed else "no",
         )
@@ -64,8 +71,9 @@ def text(status: LabStatus, requests: Requests = (), exposures: Mapping[str, Exp
 def as_json(
     status: LabStatus, requests: Requests = (), exposures: Mapping[str, Exposure] | None = None
 ) -> dict[str, Any]:
-    """``{state, number, endpoint, vantages, machines: [{name, status, ipv4, ipv6, tailnet, installed, leaderPid,
-    exposure?}], requests: [{ts, method, path, status, userAgent, mutates}]}``; ``exposure`` only if it was measured."""
+    """``{state, number, endpoint, tailnet: {kind, works, evidence}, vantages, cutEstablished, machines: [{name, status,
+    ipv4, ipv6, tailnet, installed, leaderPid, inRescue, exposure?}], requests: [{ts, method, path, status, userAgent,
+    mutates}]}``; ``exposure`` only if it was measured, an address is "" where there is none."""
     machines: list[dict[str, Any]] = []
     for server in status.servers:
         machine: dict[str, Any] = {
@@ -76,6 +84,7 @@ def as_json(
             "tailnet": list(server.tailnet),
             "installed": server.installed,
             "leaderPid": server.leader_pid,
+            "inRescue": server.in_rescue,
         }
         if exposures is not None and server.name in exposures:
             machine["exposure"] = [asdict(cell) for cell in exposures[server.name].cells]
@@ -85,7 +94,9 @@ def as_json(
         "state": status.state,
         "number": status.number,
         "endpoint": status.endpoint,
+        "tailnet": asdict(status.tailnet) if status.tailnet else None,
         "vantages": list(status.vantages),
+        "cutEstablished": status.cut_established,
         "machines": machines,
         "requests": [{key: entry.get(key) for key in shown} for entry in requests],
     }

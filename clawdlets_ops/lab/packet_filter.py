@@ -95,6 +95,24 @@ table bridge tailnet {{
 """
 
 
+def render_operator() -> str:
+    """The operator's node carries what the root namespace sends, with its own address, and lets nobody in to it."""
+    return """table inet operator
+delete table inet operator
+table inet operator {
+  chain forward {
+    type filter hook forward priority 0; policy drop;
+    ct state established,related accept
+    iifname "op" oifname "tailscale0" accept
+  }
+  chain postrouting {
+    type nat hook postrouting priority 100;
+    oifname "tailscale0" masquerade
+  }
+}
+"""
+
+
 def _hook(name: str, lines: Iterable[str]) -> list[str]:
     return _block(name, [f"type filter hook {name} priority 0; policy accept;", *lines])
 

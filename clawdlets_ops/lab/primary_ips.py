@@ -45,7 +45,7 @@ class PrimaryIps(Desk[PrimaryIp]):
         slot = self.state.free_slot(family)
         text = self.allocate(slot)[family]
         address = PrimaryIp(
-            self.state.next_ids[self.kind],
+            self.state.next_id(self.kind),
             name,
             self.ledger.timestamp(),
             labels,
@@ -57,7 +57,7 @@ class PrimaryIps(Desk[PrimaryIp]):
         )
         if server is not None:
             self._require_assignable(server, address)
-        self.state.primary_ips[self.state.take_id(self.kind)] = address
+        self.state.add(address)
         action = self._assign(server, address) if server else None
         return {"primary_ip": self.view(address), "action": action and action.view()}
 
@@ -68,7 +68,7 @@ class PrimaryIps(Desk[PrimaryIp]):
         require_unprotected(record, "Primary IP deletion is protected")
         if record.assignee is not None:
             raise ApiError(422, "must_be_unassigned", f"primary IP with ID {record.id} must be unassigned first")
-        del self.state.primary_ips[record.id]
+        self.state.remove(record)
 
     def act(self, record: PrimaryIp, command: str, body: Json) -> Json:
         match command:
@@ -122,7 +122,7 @@ class PrimaryIps(Desk[PrimaryIp]):
         """Give a new server what was planned."""
         for family, planned in plan.items():
             if isinstance(planned, tuple):
-                row_id = self.state.take_id(self.kind)
+                row_id = self.state.next_id(self.kind)
                 slot, text = planned
                 planned = PrimaryIp(
                     row_id,
@@ -135,7 +135,7 @@ class PrimaryIps(Desk[PrimaryIp]):
                     server.location,
                     auto_delete=True,
                 )
-                self.state.primary_ips[row_id] = planned
+                self.state.add(planned)
             if planned is not None:
                 planned.assignee = server.id
                 setattr(server, family, planned.id)
@@ -200,8 +200,8 @@ def change_pointer(addresses: list[PrimaryIp], body: Json) -> None:
     if found is None:
         raise grammar.invalid("ip", f"'{sent}' is not an address of the resource")
     if name is None:
-        found.pointers.pop(str(wanted), None)
+        found.pointers = {one: given for one, given in found.pointers.items() if one != str(wanted)}
     elif isinstance(name, str) and grammar.is_host_name(name):
-        found.pointers[str(wanted)] = name
+        found.pointers = {**found.pointers, str(wanted): name}
     else:
         raise grammar.invalid("dns_ptr", "must be a host name")

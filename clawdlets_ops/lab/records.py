@@ -1,18 +1,20 @@
 """What the emulated cloud remembers, and how each of it looks in an answer.
 
 A record's fields are JSON-able, so that the state file is the records as they are; what no answer may show (user_data,
-authorised keys, address slot) is simply not part of the view. A server's view is in ``views``.
+authorised keys, address slot) is simply not part of the view. A server's view is in ``views``. ``store`` keeps the state.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
 
 from clawdlets_ops.lab.catalogue import Json, find
 from clawdlets_ops.lab.resources import Network, PlacementGroup, PrimaryIp, Snapshot, Volume
+from clawdlets_ops.lab.tracked import Tracked
 
 STATE_VERSION: Final = 2
 ACTIONS_KEPT: Final = 500
@@ -31,11 +33,11 @@ FIRST_IDS: Final[Mapping[str, int]] = {
 
 
 @dataclass
-class SshKey:
+class SshKey(Tracked):
     id: int
     name: str
     created: str
-    labels: dict[str, str]
+    labels: Mapping[str, str]
     public_key: str
     fingerprint: str
 
@@ -51,16 +53,16 @@ class SshKey:
 
 
 @dataclass
-class Firewall:
+class Firewall(Tracked):
     """rules are in the API's shape; servers are direct attachments, selectors those by label selector."""
 
     id: int
     name: str
     created: str
-    labels: dict[str, str]
-    rules: list[Json]
-    servers: list[int] = field(default_factory=list)
-    selectors: list[str] = field(default_factory=list)
+    labels: Mapping[str, str]
+    rules: Sequence[Json]
+    servers: Sequence[int] = ()
+    selectors: Sequence[str] = ()
 
     def view(self, selected: Sequence[Sequence[int]]) -> Json:
         """The API's object; ``selected`` are the servers that each of the selectors hits."""
@@ -84,7 +86,7 @@ class Firewall:
 
 
 @dataclass
-class Server:
+class Server(Tracked):
     """edge_wanted counts the changes of the effective firewall rules, edge_in_force is the last one that is in force.
 
     ipv4 and ipv6 are ids of primary IPs; private_net is in the API's shape; disk is in GB.
@@ -93,7 +95,7 @@ class Server:
     id: int
     name: str
     created: str
-    labels: dict[str, str]
+    labels: Mapping[str, str]
     status: str
     server_type: int
     image: int
@@ -101,7 +103,7 @@ class Server:
     ipv4: int | None
     ipv6: int | None
     user_data: str
-    authorized_keys: list[str]
+    authorized_keys: Sequence[str]
     disk: int
     locked: bool = False
     protected: bool = False
@@ -109,20 +111,20 @@ class Server:
     iso: int | None = None
     backup_window: str | None = None
     placement_group: int | None = None
-    private_net: list[Json] = field(default_factory=list)
+    private_net: Sequence[Mapping[str, Any]] = ()
     edge_wanted: int = 1
     edge_in_force: int = 0
 
 
 @dataclass
-class Action:
+class Action(Tracked):
     """status is running, success or error; error is {"code", "message"} or None."""
 
     id: int
     command: str
     status: str
     started: str
-    resources: list[Json]
+    resources: Sequence[Json]
     finished: str | None = None
     error: Json | None = None
 
@@ -131,12 +133,16 @@ class Action:
             "id": self.id,
             "command": self.command,
             "status": self.status,
-            "progress": 0 if self.status == "running" else 100,
+            "progress": self.progress,
             "started": self.started,
             "finished": self.finished,
             "resources": list(self.resources),
             "error": self.error,
         }
+
+    @property
+    def progress(self) -> int:
+        return 0 if self.status == "running" else 100
 
     def settle(self, finished: str, error: Json | None) -> None:
         self.status, self.finished, self.error = "success" if error is None else "error", finished, error
@@ -154,7 +160,7 @@ class ServerState:
     status: str
     ipv4: str
     ipv6_network: str
-    labels: dict[str, str]
+    labels: Mapping[str, str]
 
 
 Record = SshKey | Firewall | Server | Network | Volume | PlacementGroup | PrimaryIp | Snapshot
@@ -169,41 +175,64 @@ RESOURCE_TYPES: Final[Mapping[type, str]] = {
     PrimaryIp: "primary_ip",
     Snapshot: "image",
 }
+KINDS: Final[Mapping[str, type[Tracked]]] = {
+    "ssh_keys": SshKey,
+    "firewalls": Firewall,
+    "servers": Server,
+    "networks": Network,
+    "volumes": Volume,
+    "placement_groups": PlacementGroup,
+    "primary_ips": PrimaryIp,
+    "images": Snapshot,
+    "actions": Action,
+}
+_KIND_OF: Final = {record: kind for kind, record in KINDS.items()}
 
 
-@dataclass
 class State:
-    """All that survives a restart: the records by id, and the next free id of each kind. images are snapshots only."""
+    """All that survives a restart: the records by id, and the next free id of each kind. images are snapshots only.
 
-    ssh_keys: dict[int, SshKey] = field(default_factory=dict)
-    firewalls: dict[int, Firewall] = field(default_factory=dict)
-    servers: dict[int, Server] = field(default_factory=dict)
-    networks: dict[int, Network] = field(default_factory=dict)
-    volumes: dict[int, Volume] = field(default_factory=dict)
-    placement_groups: dict[int, PlacementGroup] = field(default_factory=dict)
-    primary_ips: dict[int, PrimaryIp] = field(default_factory=dict)
-    images: dict[int, Snapshot] = field(default_factory=dict)
-    actions: dict[int, Action] = field(default_factory=dict)
-    next_ids: dict[str, int] = field(default_factory=lambda: dict(FIRST_IDS))
+    ``changed`` names, as (kind, id), what was added, changed or removed since somebody last cleared it.
+    """
 
-    def named(self, kind: str) -> Mapping[int, Record]:
-        """All records of a kind that clients can change; KeyError for another kind."""
-        tables: Mapping[str, Mapping[int, Record]] = {
-            "ssh_keys": self.ssh_keys,
-            "firewalls": self.firewalls,
-            "servers": self.servers,
-            "networks": self.networks,
-            "volumes": self.volumes,
-            "placement_groups": self.placement_groups,
-            "primary_ips": self.primary_ips,
-            "images": self.images,
-        }
-        return tables[kind]
+    def __init__(self, next_ids: Mapping[str, int] = FIRST_IDS) -> None:
+        self.next_ids = dict(next_ids)
+        self.changed: set[tuple[str, int]] = set()
+        self._tables: dict[str, dict[int, Any]] = {kind: {} for kind in KINDS}
+        self._note: Callable[[Tracked], None] = self._changes
+        self.ssh_keys: Mapping[int, SshKey] = self._tables["ssh_keys"]
+        self.firewalls: Mapping[int, Firewall] = self._tables["firewalls"]
+        self.servers: Mapping[int, Server] = self._tables["servers"]
+        self.networks: Mapping[int, Network] = self._tables["networks"]
+        self.volumes: Mapping[int, Volume] = self._tables["volumes"]
+        self.placement_groups: Mapping[int, PlacementGroup] = self._tables["placement_groups"]
+        self.primary_ips: Mapping[int, PrimaryIp] = self._tables["primary_ips"]
+        self.images: Mapping[int, Snapshot] = self._tables["images"]
+        self.actions: Mapping[int, Action] = self._tables["actions"]
 
-    def take_id(self, kind: str) -> int:
-        taken = self.next_ids[kind]
-        self.next_ids[kind] = taken + 1
-        return taken
+    def named(self, kind: str) -> Mapping[int, Any]:
+        """All records of a kind; KeyError for another kind."""
+        return self._tables[kind]
+
+    def next_id(self, kind: str) -> int:
+        """The id that the next record of this kind is made with; it is taken when the record is added."""
+        return self.next_ids[kind]
+
+    def add(self, record: Record | Action) -> None:
+        kind = _KIND_OF[type(record)]
+        self._tables[kind][record.id] = record
+        self.next_ids[kind] = max(self.next_ids[kind], record.id + 1)
+        record.watch(self._note)
+        self._note(record)
+
+    def remove(self, record: Record | Action) -> None:
+        """What happens to the record afterwards concerns nobody."""
+        del self._tables[_KIND_OF[type(record)]][record.id]
+        self._note(record)
+        record.watch(None)
+
+    def _changes(self, record: Any) -> None:
+        self.changed.add((_KIND_OF[type(record)], record.id))
 
     def free_slot(self, *families: str) -> int:
         """The lowest address slot of which these halves (ipv4, ipv6) are free."""
@@ -224,26 +253,28 @@ class State:
 
     def forget_server(self, server: Server) -> None:
         """Remove it and what goes with it; what stays is detached."""
-        del self.servers[server.id]
+        self.remove(server)
         for firewall in self.firewalls.values():
-            firewall.servers = [server_id for server_id in firewall.servers if server_id != server.id]
+            if server.id in firewall.servers:
+                firewall.servers = [server_id for server_id in firewall.servers if server_id != server.id]
         for volume in self.volumes.values():
-            volume.server = None if volume.server == server.id else volume.server
+            if volume.server == server.id:
+                volume.server = None
         for address in [address for address in self.primary_ips.values() if address.assignee == server.id]:
             address.assignee = None
             if address.auto_delete:
-                del self.primary_ips[address.id]
+                self.remove(address)
         for image in [one for one in self.images.values() if one.type == "backup" and one.server == server.id]:
-            del self.images[image.id]
+            self.remove(image)
 
     def forget_old_actions(self) -> None:
-        for action in list(self.actions.values())[:-ACTIONS_KEPT]:
+        for action in list(islice(self.actions.values(), max(0, len(self.actions) - ACTIONS_KEPT))):
             if action.status != "running":
-                del self.actions[action.id]
+                self.remove(action)
 
     def to_json(self) -> str:
         # The records hold what JSON has and nothing else: their fields are written as they are.
-        tables = {kind: [vars(record) for record in getattr(self, kind).values()] for kind in _TABLES}
+        tables = {kind: [vars(record) for record in table.values()] for kind, table in self._tables.items()}
         return json.dumps({"version": STATE_VERSION, "nextIds": self.next_ids, **tables})
 
     @classmethod
@@ -252,20 +283,27 @@ class State:
         stored = json.loads(text)
         if stored["version"] != STATE_VERSION:
             raise ValueError(f"version {stored['version']} is not {STATE_VERSION}")
-        state = cls(next_ids=stored["nextIds"])
-        for kind, record in _TABLES.items():
-            getattr(state, kind).update({row["id"]: record(**row) for row in stored[kind]})
+        state = cls(stored["nextIds"])
+        for kind, record in KINDS.items():
+            for row in stored[kind]:
+                state._put(kind, row["id"], record(**row))
         return state
 
+    def apply(self, change: Json) -> None:
+        """A change as ``store`` writes it: by kind and id what a record is now, None for one that is gone.
 
-_TABLES: Final[Mapping[str, type]] = {
-    "ssh_keys": SshKey,
-    "firewalls": Firewall,
-    "servers": Server,
-    "networks": Network,
-    "volumes": Volume,
-    "placement_groups": PlacementGroup,
-    "primary_ips": PrimaryIp,
-    "images": Snapshot,
-    "actions": Action,
-}
+        Raises ValueError, KeyError or TypeError when it is none.
+        """
+        for kind, rows in change.items():
+            if kind == "nextIds":
+                self.next_ids = dict(rows)
+                continue
+            for row_id, row in rows.items():
+                if row is None:
+                    self._tables[kind].pop(int(row_id), None)
+                else:
+                    self._put(kind, int(row_id), KINDS[kind](**row))
+
+    def _put(self, kind: str, row_id: int, record: Tracked) -> None:
+        self._tables[kind][row_id] = record
+        record.watch(self._note)

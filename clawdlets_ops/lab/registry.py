@@ -21,6 +21,7 @@ from typing import Any, Final
 from clawdlets_ops.errors import ClawdletsError, LabError
 from clawdlets_ops.files import locked, write_atomic
 from clawdlets_ops.lab.addressing import JOIN_PORT, MAX_NUMBER, Addressing
+from clawdlets_ops.lab.headscale import REAL, STAND_IN, login_server
 from clawdlets_ops.lab.network import Network
 from clawdlets_ops.lab.processes import ProcessId
 from clawdlets_ops.layout import Layout
@@ -32,13 +33,15 @@ RECORD_FILE: Final = "lab.json"
 
 @dataclass(frozen=True)
 class LabRecord:
-    """A lab on record. ``endpoint`` is empty until its daemon has answered once; ``path`` is its search path."""
+    """A lab on record. ``endpoint`` is empty until its daemon has answered once; ``path`` is its search path; ``tailnet``
+    is "real" or "stand-in", for as long as it lives."""
 
     number: int
     root: Path
     path: str
     endpoint: str = ""
     daemon: ProcessId | None = None
+    tailnet: str = STAND_IN
 
     @property
     def net(self) -> Addressing:
@@ -47,6 +50,11 @@ class LabRecord:
     @property
     def lab_dir(self) -> Path:
         return Layout(self.root).lab
+
+    @property
+    def tailnet_control(self) -> str:
+        """Where a machine joins the tailnet, as a URL."""
+        return login_server(self.net) if self.tailnet == REAL else f"http://{self.net.outside(4)[0]}:{JOIN_PORT}"
 
     def write(self) -> None:
         """Write lab.json (0600)."""
@@ -58,7 +66,8 @@ class LabRecord:
             "endpoint": self.endpoint,
             "pid": self.daemon.pid if self.daemon else None,
             "daemon": asdict(self.daemon) if self.daemon else None,
-            "tailnetControl": f"http://{net.outside(4)[0]}:{JOIN_PORT}",
+            "tailnet": self.tailnet,
+            "tailnetControl": self.tailnet_control,
             "namespaces": [net.internet_ns, net.stranger_ns, net.tailnet_ns, net.member_ns],
             "operatorLegs": list(net.operator_legs),
         }
@@ -71,7 +80,9 @@ def read_record(lab_dir: Path) -> LabRecord | None:
     try:
         raw = json.loads(file.read_text())
         daemon = ProcessId(**raw["daemon"]) if raw["daemon"] else None
-        return LabRecord(raw["number"], Path(raw["root"]), raw["path"], raw["endpoint"], daemon)
+        return LabRecord(
+            raw["number"], Path(raw["root"]), raw["path"], raw["endpoint"], daemon, raw.get("tailnet", STAND_IN)
+        )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
+from typing import Any, ClassVar
 
 from clawdlets_ops.lab.catalogue import Json, by_id
+from clawdlets_ops.lab.tracked import Tracked
 
 # Names of the lab's own: `.invalid` is nobody's (RFC 6761).
 DEFAULT_POINTER_ZONE = "clients.lab.invalid"
 
 
 @dataclass
-class Network:
+class Network(Tracked):
     """subnets and routes are in the API's shape, without the gateway; who is attached is with the servers."""
 
     id: int
     name: str
     created: str
-    labels: dict[str, str]
+    labels: Mapping[str, str]
     ip_range: str
-    subnets: list[Json] = field(default_factory=list)
-    routes: list[Json] = field(default_factory=list)
+    subnets: Sequence[Mapping[str, Any]] = ()
+    routes: Sequence[Mapping[str, Any]] = ()
     protected: bool = False
     expose_routes_to_vswitch: bool = False
 
@@ -48,18 +50,20 @@ class Network:
 
 
 @dataclass
-class Volume:
+class Volume(Tracked):
     """server is the one it is attached to; size in GB."""
 
     id: int
     name: str
     created: str
-    labels: dict[str, str]
+    labels: Mapping[str, str]
     size: int
     location: int
     format: str | None
     server: int | None = None
     protected: bool = False
+
+    status: ClassVar = "available"
 
     def view(self) -> Json:
         return {
@@ -71,20 +75,22 @@ class Volume:
             "location": by_id("locations", self.location),
             "server": self.server,
             "format": self.format,
-            "status": "available",
+            "status": self.status,
             "linux_device": f"/dev/disk/by-id/scsi-0HC_Volume_{self.id}",
             "protection": {"delete": self.protected},
         }
 
 
 @dataclass
-class PlacementGroup:
+class PlacementGroup(Tracked):
     """Of type spread, the only one there is; its members are with the servers."""
 
     id: int
     name: str
     created: str
-    labels: dict[str, str]
+    labels: Mapping[str, str]
+
+    type: ClassVar = "spread"
 
     def view(self, servers: Sequence[int]) -> Json:
         return {
@@ -92,26 +98,26 @@ class PlacementGroup:
             "name": self.name,
             "labels": dict(self.labels),
             "created": self.created,
-            "type": "spread",
+            "type": self.type,
             "servers": list(servers),
         }
 
 
 @dataclass
-class PrimaryIp:
+class PrimaryIp(Tracked):
     """One half of an address slot: its IPv4 address, or its IPv6 /64; pointers are reverse names by address."""
 
     id: int
     name: str
     created: str
-    labels: dict[str, str]
+    labels: Mapping[str, str]
     type: str
     ip: str
     slot: int
     location: int
     auto_delete: bool
     assignee: int | None = None
-    pointers: dict[str, str] = field(default_factory=dict)
+    pointers: Mapping[str, str] = field(default_factory=dict)
     protected: bool = False
 
     @property
@@ -143,13 +149,13 @@ class PrimaryIp:
 
 
 @dataclass
-class Snapshot:
+class Snapshot(Tracked):
     """An image made of a server: type is snapshot or backup; a backup is bound to its server."""
 
     id: int
     description: str
     created: str
-    labels: dict[str, str]
+    labels: Mapping[str, str]
     type: str
     status: str
     server: int
@@ -159,6 +165,10 @@ class Snapshot:
     os_flavor: str
     os_version: str | None
     protected: bool = False
+
+    @property
+    def bound_to(self) -> int | None:
+        return self.server if self.type == "backup" else None
 
     def view(self) -> Json:
         return {
@@ -171,7 +181,7 @@ class Snapshot:
             "disk_size": self.disk_size,
             "created": self.created,
             "created_from": {"id": self.server, "name": self.server_name},
-            "bound_to": self.server if self.type == "backup" else None,
+            "bound_to": self.bound_to,
             "os_flavor": self.os_flavor,
             "os_version": self.os_version,
             "architecture": self.architecture,

@@ -33,7 +33,8 @@ _Handler = Callable[[Cloud, tuple[str, ...], Query, Json], Reply]
 
 
 def _list(cloud: Cloud, names: tuple[str, ...], query: Query, _: Json) -> Reply:
-    return _page(names[0], cloud.rows(names[0]), query)
+    chosen, pagination = cloud.page(names[0], query)
+    return 200, {names[0]: chosen, "meta": {"pagination": pagination}}
 
 
 def _page(kind: str, rows: list[Json], query: Query) -> Reply:
@@ -68,7 +69,7 @@ def _actions(cloud: Cloud, _names: tuple[str, ...], query: Query, _: Json) -> Re
             "announcement": "https://docs.hetzner.cloud/changelog#2023-07-20-actions-list-endpoint-is-deprecated"
         }
         raise ApiError(410, "deprecated_api_endpoint", "listing all actions is gone; ask for them by id", details)
-    return _page("actions", cloud.rows("actions"), query)
+    return _list(cloud, ("actions",), query, {})
 
 
 def _action(cloud: Cloud, names: tuple[str, ...], _query: Query, _: Json) -> Reply:

@@ -27,6 +27,7 @@ from clawdlets_ops.finding import Finding
 from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.lab import control
 from clawdlets_ops.lab.faults import inject, parse_fault
+from clawdlets_ops.lab.headscale import AUTO
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import Command, LocalRunner, Result
 from clawdlets_ops.project import Project, load_project
@@ -44,7 +45,7 @@ from pathlib import Path
 
 from clawdlets_ops.pyinfra_plugin.inventory import fleet_hosts
 
-hosts = fleet_hosts(Path(__file__).parents[1], os.environ, lab=True)
+hosts = fleet_hosts(Path(__file__).parents[1], os.environ, environment="lab")
 """
 _TOTAL = re.compile(r"^\s*Grand total\s+(\S+)\s+(\S+)\s+(\S+)\s+(\S+)", flags=re.MULTILINE)
 
@@ -105,7 +106,7 @@ def lay_out(
         document = {**document, "hosts": {name: document["hosts"][name] for name in hosts}}
     if hosts is not None or not layout.fleet_file.exists():
         layout.fleet_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    for stage in ("bootstrap", *workflow.STAGES):
+    for stage in ("bootstrap", *workflow.STAGES, *workflow.LATER, "destroy"):
         _unless_there(root / "deploys" / f"{stage}.py", f"from clawdlets_ops.deploys import {stage}\n\n{stage}()\n")
     _unless_there(root / INVENTORY, _INVENTORY)
     _unless_there(root / ".gitignore", IGNORED)
@@ -123,7 +124,9 @@ class Scenario:
     only the lab goes. ``cache``: default is ``.cache`` of the project that ``fleet`` is, else of the current directory.
     ``programs``: the folder of ``clawdlets`` and ``pyinfra``. ``environ``: where PATH, HOME and locale come from;
     pass ``os.environ`` when something that is needed is not on the system's usual search path. ``faults``: what is to go
-    wrong from the start, in the words of ``clawdlets lab fault add``; LabError for words that make no sense.
+    wrong from the start, in the words of ``clawdlets lab fault add``; LabError for words that make no sense. ``tailnet``:
+    as for ``clawdlets lab up``: "auto", "real" or "stand-in". ``cut_established``: a change of firewall rules ends the
+    flows that the new rules would not let begin; as a rule they go on.
     """
 
     def __init__(
@@ -136,7 +139,11 @@ class Scenario:
         programs: Path | None = None,
         environ: Mapping[str, str] | None = None,
         faults: Collection[str] = (),
+        tailnet: str = AUTO,
+        cut_established: bool = False,
     ) -> None:
+        self._tailnet = tailnet
+        self._cut_established = cut_established
         self._faults = [parse_fault(words.split()) for words in faults]
         self._fleet = fleet
         self._hosts = hosts
@@ -156,7 +163,7 @@ class Scenario:
                 self._root = self._folder.resolve()
             self._shell.setdefault("HOME", str(self._root.parent))
             lay_out(self._root, self._fleet, cache=self._cache, environ=self._shell, hosts=self._hosts)
-            control.up(self.layout, self._shell)
+            control.up(self.layout, self._shell, tailnet=self._tailnet, cut_established=self._cut_established or None)
             for fault in self._faults:
                 inject(self.layout, fault)
         except BaseException:

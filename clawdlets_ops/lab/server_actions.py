@@ -118,7 +118,7 @@ class ServerActions:
         if server.backup_window is None:
             for image in [one for one in self._state.images.values() if one.type == "backup"]:
                 if image.server == server.id:
-                    del self._state.images[image.id]
+                    self._state.remove(image)
         return answer(self._ledger.done(command, server))
 
     def _iso(self, server: Server, command: str, body: Json) -> Json:
@@ -139,7 +139,8 @@ class ServerActions:
             case "attach_to_network":
                 networks.attach(self._state, server, network, body)
             case "detach_from_network":
-                server.private_net.remove(networks.interface_of(server, network.id))
+                networks.interface_of(server, network.id)
+                server.private_net = [one for one in server.private_net if one["network"] != network.id]
             case _:
                 networks.change_aliases(self._state, server, network, body)
         return answer(self._ledger.done(command, server, network))

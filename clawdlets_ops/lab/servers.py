@@ -58,7 +58,7 @@ class Servers(Desk[Server]):
         if firewalls and not addresses:
             raise ApiError(422, "private_net_only_server", "a server without public interface has no firewall")
         server = Server(
-            id=self.state.next_ids[self.kind],
+            id=self.state.next_id(self.kind),
             name=order.name,
             created=self.ledger.timestamp(),
             labels=order.labels,
@@ -81,10 +81,10 @@ class Servers(Desk[Server]):
             if network_id not in self.state.networks:
                 raise grammar.not_found("networks", network_id)
             networks.attach(self.state, server, self.state.networks[network_id], {})
-        self.state.servers[self.state.take_id(self.kind)] = server
+        self.state.add(server)
         self._primary_ips.settle(server, addresses)
         for firewall in firewalls:
-            firewall.servers.append(server.id)
+            firewall.servers = [*firewall.servers, server.id]
         made = self._boot(server, start=order.start)
         for network_id in order.networks:
             following = self.ledger.done("attach_to_network", server, self.state.networks[network_id])

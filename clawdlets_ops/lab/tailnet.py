@@ -1,10 +1,11 @@
-"""A stand-in for Tailscale: a plain second network, a join protocol, and a status in Tailscale's form.
+"""The lab's tailnet: the real programs (``headscale.py``), or a stand-in: a plain second network, a join protocol, and a
+status in Tailscale's form.
 
-No encryption, no coordination, no ACLs; what it does have is what the workflow depends on: a machine is on the tailnet
-only after it has shown a valid auth key, its ``tailscale0`` is gone after a reboot until it joins again, and whoever is on
-the tailnet reaches it there and not through the internet. The real headscale is for a later issue.
+The stand-in has no encryption, no coordination, no ACLs; what it does have is what the workflow depends on: a machine is
+on the tailnet only after it has shown a valid auth key, its ``tailscale0`` is gone after a reboot until it joins again, and
+whoever is on the tailnet reaches it there and not through the internet.
 
-A guest joins with ``POST http://198.19.N.4:8080/join`` and ``{"authKey": …, "hostname": …}``. Who it is, is told by the
+On the stand-in a guest joins with ``POST http://198.19.N.4:8080/join`` and ``{"authKey": …, "hostname": …}``. Who it is, is told by the
 source address of its connection, not by what it says. 200 ``{"addresses": […]}``, else ``{"error": …}``.
 """
 
@@ -21,11 +22,16 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from clawdlets_ops.errors import LabError
+from clawdlets_ops.files import read_private, write_atomic
 from clawdlets_ops.lab.addressing import CONTROL_PORT, JOIN_PORT
+from clawdlets_ops.lab.headscale import STAND_IN, Programs, RealTailnet
 from clawdlets_ops.lab.network import Network, in_namespace
+from clawdlets_ops.lab.registry import LabRecord
+from clawdlets_ops.layout import Layout
+from clawdlets_ops.process import Runner
 from clawdlets_ops.sensitive import Secret
 
 log = logging.getLogger(__name__)
@@ -46,7 +52,46 @@ class _Node:
     online: bool
 
 
-class Tailnet:
+class Tailnet(Protocol):
+    """What the lab asks of its tailnet, whichever it is."""
+
+    def left(self, server_id: int) -> None:
+        """The machine is down, or reboots."""
+
+    def addresses(self, machines: Mapping[int, str]) -> dict[int, tuple[str, ...]]:
+        """By id, the tailnet addresses of those of these machines (id to host name) that are on it now; CommandError."""
+
+    def status(self, known: frozenset[int]) -> dict[str, Any]:
+        """What the operator's ``tailscale status --json`` says, of these servers; CommandError."""
+
+    def account(self) -> dict[str, Any]:
+        """``{kind, works, evidence}``: which of the two it is, whether all of it runs, and what shows that."""
+
+    def close(self) -> None:
+        """End what runs for it."""
+
+
+def bring_up(record: LabRecord, network: Network, runner: Runner) -> Tailnet:
+    """The tailnet that the lab on record has, on its networks, and the auth key of its machines in
+    ``<lab>/tailnet_auth_key`` (0600); LabError, CommandError."""
+    key_file = record.lab_dir / "tailnet_auth_key"
+    if record.tailnet == STAND_IN:
+        return StandInTailnet(network, Secret(read_private(key_file).strip()))
+    programs = Programs.find(Layout(record.root).cache / "tools")
+    if programs is None:
+        raise LabError("headscale and tailscaled are gone", where=str(record.root), fix="make tailnet")
+    real = RealTailnet(record.net, programs, record.lab_dir / "tailnet", runner, path=record.path)
+    real.start()
+    try:
+        if not key_file.exists():
+            write_atomic(key_file, real.mint().reveal() + "\n")
+    except BaseException:
+        real.close()
+        raise
+    return real
+
+
+class StandInTailnet:
     """Who is on the tailnet. A machine that went down stays known, offline, until it is forgotten."""
 
     def __init__(self, network: Network, auth_key: Secret) -> None:
@@ -74,11 +119,11 @@ class Tailnet:
             if node := self._nodes.get(server_id):
                 self._nodes[server_id] = replace(node, online=False)
 
-    def addresses(self, server_id: int) -> tuple[str, ...]:
-        """The machine's tailnet addresses, none unless it is on the tailnet now."""
+    def addresses(self, machines: Mapping[int, str]) -> dict[int, tuple[str, ...]]:
+        """By id, the tailnet addresses of those of these machines that are on it now."""
         with self._lock:
-            node = self._nodes.get(server_id)
-        return node.addresses if node and node.online else ()
+            online = {server_id: node.addresses for server_id, node in self._nodes.items() if node.online}
+        return {server_id: online[server_id] for server_id in machines if server_id in online}
 
     def status(self, known: frozenset[int]) -> dict[str, Any]:
         """The part of ``tailscale status --json`` that we read. Servers that are not ``known`` any more are forgotten.
@@ -101,6 +146,16 @@ class Tailnet:
             "MagicDNSSuffix": DOMAIN,
             "Peer": peers,
         }
+
+    def account(self) -> dict[str, Any]:
+        """``{kind, works, evidence}``."""
+        with self._lock:
+            online = sum(node.online for node in self._nodes.values())
+        said = f"a second network without encryption; {online} of {len(self._nodes)} machines are on it"
+        return {"kind": STAND_IN, "works": True, "evidence": said}
+
+    def close(self) -> None:
+        """Nothing runs for it."""
 
 
 def _peer(node: _Node, name: str) -> dict[str, Any]:
@@ -148,7 +203,7 @@ class _Greeter(socketserver.BaseRequestHandler):
 class _JoinServer(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], tailnet: Tailnet) -> None:
+    def __init__(self, address: tuple[str, int], tailnet: StandInTailnet) -> None:
         self.tailnet = tailnet
         super().__init__(address, _JoinHandler)
 
@@ -201,19 +256,25 @@ class _JoinHandler(BaseHTTPRequestHandler):
 
 
 class Listeners:
-    """The sockets that the lab opens in its namespaces: the probes' positive controls, and the join server.
+    """The sockets that the lab opens in its namespaces: the probes' positive controls, and the stand-in's join server.
 
-    They belong to the process that started them, and end with it.
+    They belong to the process that started them, and end with it. The controls of a real tailnet are at its nodes' own
+    addresses, which have to be there already.
     """
 
     def __init__(self, network: Network, tailnet: Tailnet) -> None:
         net = network.net
         self._servers: list[socketserver.BaseServer] = []
-        for namespace, addresses in ((net.internet_ns, net.outside(3)), (net.tailnet_ns, net.tailnet(3))):
+        places = [(net.internet_ns, net.outside(3))]
+        if isinstance(tailnet, StandInTailnet):
+            places += [(net.tailnet_ns, net.tailnet(3))]
+            self._servers.append(
+                in_namespace(net.internet_ns, lambda: _JoinServer((net.outside(4)[0], JOIN_PORT), tailnet))
+            )
+        else:
+            places += [(net.tailnet_ns, net.tailnet(1)), (net.member_ns, net.tailnet(2))]
+        for namespace, addresses in places:
             self._servers += in_namespace(namespace, lambda found=addresses: _controls(*found))  # type: ignore[misc]
-        self._servers.append(
-            in_namespace(net.internet_ns, lambda: _JoinServer((net.outside(4)[0], JOIN_PORT), tailnet))
-        )
         for server in self._servers:
             threading.Thread(target=server.serve_forever, name=type(server).__name__, daemon=True).start()
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from clawdlets_ops.lab import edge
 from clawdlets_ops.lab.catalogue import Json, by_id, find
-from clawdlets_ops.lab.records import Firewall, Record, Server, State
+from clawdlets_ops.lab.records import Action, Firewall, Record, Server, State
 from clawdlets_ops.lab.resources import Network, PlacementGroup, PrimaryIp
 
 
-def view(state: State, record: Record, *, unassigned_type: str = "unassigned") -> Json:
+def view(state: State, record: Record | Action, *, unassigned_type: str = "unassigned") -> Json:
     """The API's object of any record."""
     match record:
         case Server():

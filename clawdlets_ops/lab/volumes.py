@@ -29,11 +29,11 @@ class Volumes(Desk[Volume]):
             raise grammar.invalid("location", "either location or server is needed, and not both")
         grammar.flag(body, "automount", False)
         location = server.location if server else chosen("locations", body["location"], "location")["id"]
-        volume = Volume(self.state.next_ids[self.kind], name, self.ledger.timestamp(), labels, size, location, fmt)
+        volume = Volume(self.state.next_id(self.kind), name, self.ledger.timestamp(), labels, size, location, fmt)
         if server is not None:
             self.ledger.require_unlocked(server)
             attachable(self.state, server, volume)
-        self.state.volumes[self.state.take_id(self.kind)] = volume
+        self.state.add(volume)
         created = self.ledger.done("create_volume", volume)
         following = [attach(self, server, volume).view()] if server else []
         return answer(created, volume=volume.view(), next_actions=following)
@@ -42,7 +42,7 @@ class Volumes(Desk[Volume]):
         require_unprotected(record, "volume deletion is protected")
         if record.server is not None:
             raise ApiError(422, "resource_in_use", f"volume with ID {record.id} is still in use")
-        del self.state.volumes[record.id]
+        self.state.remove(record)
 
     def act(self, record: Volume, command: str, body: Json) -> Json:
         match command:

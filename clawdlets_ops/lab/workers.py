@@ -1,11 +1,12 @@
-"""One thread per server for what takes time, so that a server's jobs happen one after another and never in a request."""
+"""What takes time, one job after another for each server and never in a request; threads live while there are jobs."""
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from clawdlets_ops.lab.backend import BackendError
 from clawdlets_ops.lab.catalogue import Json
@@ -14,57 +15,54 @@ log = logging.getLogger(__name__)
 
 Job = Callable[[], None]
 
+# More would only wait for the same processors; each is a machine that boots, or one that hangs.
+MOST_THREADS: Final = 64
 
-class _Worker:
-    """A daemon thread: a machine that hangs must not keep the process alive."""
 
-    def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+class Workers:
+    """The jobs by server id. Daemon threads: a machine that hangs must not keep the process alive."""
 
-    def submit(self, job: Job | None) -> None:
-        self._jobs.put(job)
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queues: dict[int, deque[Job]] = {}
+        self._ready: deque[int] = deque()
+        self._threads = 0
 
-    def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
+    def submit(self, server_id: int, job: Job) -> None:
+        """Do it after what was submitted for this server before."""
+        with self._changed:
+            if server_id in self._queues:
+                self._queues[server_id].append(job)
+                return
+            self._queues[server_id] = deque([job])
+            self._ready.append(server_id)
+            if self._threads < MOST_THREADS:
+                self._threads += 1
+                threading.Thread(target=self._work, name="lab-worker", daemon=True).start()
 
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+    def wait(self, timeout_s: float) -> bool:
+        """Until everything is done, for at most so many seconds; whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queues, timeout=timeout_s)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._ready:
+                    self._threads -= 1
+                    return
+                server_id = self._ready.popleft()
+                job = self._queues[server_id].popleft()
             try:
                 job()
             except Exception:
                 log.exception("the lab's cloud could not settle a job")
-
-
-class Workers:
-    """The workers by server id, started when first needed. Not thread-safe: callers hold the cloud's lock."""
-
-    def __init__(self) -> None:
-        self._by_server: dict[int, _Worker] = {}
-
-    def submit(self, server_id: int, job: Job) -> None:
-        if server_id not in self._by_server:
-            self._by_server[server_id] = _Worker(f"lab-server-{server_id}")
-        self._by_server[server_id].submit(job)
-
-    def retire(self, server_id: int) -> None:
-        """End the server's worker after what is queued; may be called by the worker itself."""
-        if (worker := self._by_server.pop(server_id, None)) is not None:
-            worker.submit(None)
-
-    def retire_all(self) -> Callable[[float], None]:
-        """As retire, for all of them; returns what waits for their ends, at most so many seconds each."""
-        workers = list(self._by_server.values())
-        self._by_server.clear()
-        for worker in workers:
-            worker.submit(None)
-
-        def join(timeout_s: float) -> None:
-            for worker in workers:
-                worker.join(timeout_s)
-
-        return join
+            with self._changed:
+                if self._queues[server_id]:
+                    self._ready.append(server_id)
+                else:
+                    del self._queues[server_id]
+                    self._changed.notify_all()
 
 
 def attempt(call: Job) -> Json | None:

@@ -18,6 +18,8 @@ import clawdlets_ops
 from clawdlets_ops.errors import LabError
 from clawdlets_ops.files import ensure_dir, read_private, write_atomic
 from clawdlets_ops.fleet import load_fleet
+from clawdlets_ops.lab import real_installer
+from clawdlets_ops.lab.headscale import REAL, STAND_IN
 from clawdlets_ops.lab.registry import LabRecord
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import Command, Runner
@@ -50,7 +52,8 @@ def prepare(layout: Layout, record: LabRecord) -> None:
     record.write()
     alphabet = string.ascii_letters + string.digits
     _once(layout.lab / "token", lambda: "".join(secrets.choice(alphabet) for _ in range(TOKEN_CHARS)))
-    _once(layout.lab / "tailnet_auth_key", lambda: f"tskey-auth-lab-{secrets.token_hex(20)}")
+    if record.tailnet == STAND_IN:
+        _once(layout.lab / "tailnet_auth_key", lambda: f"tskey-auth-lab-{secrets.token_hex(20)}")
 
 
 def write(layout: Layout, record: LabRecord, runner: Runner) -> None:
@@ -62,12 +65,18 @@ def write(layout: Layout, record: LabRecord, runner: Runner) -> None:
         words = [sys.executable, "-m", f"clawdlets_ops.lab.{module}", "--lab-dir", str(lab)]
         script = f'#!/bin/sh\nPYTHONPATH={shlex.quote(source_root())} exec {shlex.join(words)} "$@"\n'
         write_atomic(lab / "bin" / program, script, mode=0o755)
+    words = [sys.executable, "-m", "clawdlets_ops.lab.real_installer", "--lab-dir", str(lab)]
+    nix = f'#!/bin/sh\nPYTHONPATH={shlex.quote(source_root())} exec {shlex.join(words)} "$@"\n'
+    real_installer.write(lab / "real", nix)
+    if record.tailnet == REAL:
+        words = [str(tools / "tailnet" / "tailscale"), f"--socket={lab / 'tailnet' / 'operator.sock'}"]
+        write_atomic(lab / "bin" / "tailscale", f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', mode=0o755)
     # Only from the mirror: tofu asks nobody else.
     mirror = json.dumps(str(tools / "mirror"))
     write_atomic(lab / "tofurc", f"provider_installation {{\n  filesystem_mirror {{\n    path = {mirror}\n  }}\n}}\n")
     _write_secrets(layout)
     _make_ssh_key(layout, runner)
-    write_atomic(layout.vantages_file, json.dumps(record.net.vantages(), indent=1) + "\n")
+    write_atomic(layout.vantages_file, json.dumps(record.net.vantages(nodes=record.tailnet == REAL), indent=1) + "\n")
     settings = {
         "HCLOUD_TOKEN": read_private(lab / "token").strip(),
         "HCLOUD_ENDPOINT": record.endpoint,

@@ -29,11 +29,11 @@ PROVIDER_SOURCE = "lab.invalid/hetznercloud/hcloud"
 class Lab:
     """A running emulator without machines, and what it wrote down."""
 
-    def __init__(self, folder: Path, backend: StubBackend) -> None:
+    def __init__(self, folder: Path, backend: StubBackend, **more: Any) -> None:
         self.backend = backend
         self.cloud = Cloud(backend=backend, addresses=LoopbackPool(), state_file=folder / "cloud.json")
         self._journal_file = folder / "journal.jsonl"
-        self.emulator = Emulator(self.cloud, token=TOKEN, journal_file=self._journal_file)
+        self.emulator = Emulator(self.cloud, token=TOKEN, journal_file=self._journal_file, **more)
 
     def environment(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -56,8 +56,9 @@ class Lab:
 
 
 @contextlib.contextmanager
-def running_lab(folder: Path, backend: StubBackend) -> Iterator[Lab]:
-    lab = Lab(folder, backend)
+def running_lab(folder: Path, backend: StubBackend, **more: Any) -> Iterator[Lab]:
+    """``more`` goes to the Emulator."""
+    lab = Lab(folder, backend, **more)
     lab.emulator.start()
     try:
         yield lab

@@ -18,6 +18,8 @@ from clawdlets_ops.layout import Layout
 
 ROOT = Path(__file__).parents[2]
 COMMAND_TIMEOUT_S = 600
+# What the labs of these tests have for a tailnet: as for clawdlets lab up. Tests that are about one of the two name it.
+TAILNET = os.environ.get("LAB_TAILNET", "auto")
 
 
 @dataclass(frozen=True)
@@ -78,5 +80,5 @@ def make_project(root: Path) -> LabProject:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabProject]:
     """A project whose lab is up; down again afterwards, whatever happened."""
-    with Scenario(ROOT, folder=tmp_path_factory.mktemp("project"), environ=os.environ) as lab:
+    with Scenario(ROOT, folder=tmp_path_factory.mktemp("project"), environ=os.environ, tailnet=TAILNET) as lab:
         yield LabProject(lab.root)

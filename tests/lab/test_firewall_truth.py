@@ -307,7 +307,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabRecord]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, limits[1]), limits[1]))
     try:
-        control.up(layout, os.environ)
+        control.up(layout, os.environ, tailnet="stand-in")
         found = read_record(layout.lab)
         assert found is not None
         yield found

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from clawdlets_ops.lab.addressing import Addressing, Batch
-from clawdlets_ops.lab.headscale import Programs, RealTailnet, plan_nodes, render_operator, up_words
-from clawdlets_ops.lab.network import Network, in_namespace
-from clawdlets_ops.lab.processes import wait_until
+from clawdlets_ops.lab.addressing import Addressing
+from clawdlets_ops.lab.headscale import Programs, RealTailnet, node_environment, up_words
+from clawdlets_ops.lab.network import Network
+from clawdlets_ops.lab.processes import Group, wait_until
 from clawdlets_ops.lab.registry import claim_number, release_number
 from clawdlets_ops.process import Background, Command, LocalRunner, Result, spawn
 from clawdlets_ops.sensitive import Secret
@@ -30,7 +30,7 @@ SERVER_ID = 7
 pytestmark = [
     pytest.mark.lab,
     pytest.mark.timeout(240),
-    pytest.mark.skipif(PROGRAMS is None, reason="headscale and tailscaled are not built (tools/prepare tailnet)"),
+    pytest.mark.skipif(PROGRAMS is None, reason="headscale and tailscaled are not built (make tailnet)"),
 ]
 
 GREET = """
@@ -77,10 +77,26 @@ class Tailnet:
 
     def spawn(self, *argv: str | Path) -> Background:
         namespace = self.network.net.machine_ns(SERVER_ID)
-        env = {"PATH": os.environ["PATH"], **self.real.node_environment()}
+        env = {"PATH": os.environ["PATH"], "TS_LOGS_DIR": str(self.folder), **node_environment(self.real.certificate)}
         child = spawn(["ip", "netns", "exec", namespace, *argv], env=env, log_file=self.folder / "server.log")
         self.children.append(child)
         return child
+
+    def node(self) -> Background:
+        """The server's tailscaled, with the state that an earlier one left."""
+        assert PROGRAMS is not None
+        state = self.folder / "server"
+        child = self.spawn(
+            PROGRAMS.tailscaled, "--no-logs-no-support", "--tun=tailscale0", f"--statedir={state}", f"--state={state}/state",
+            f"--socket={self.folder / 'server.sock'}",
+        )  # fmt: skip
+        assert wait_until(lambda: self.inside("version", "--daemon").ok, timeout_s=10)
+        return child
+
+    def state(self) -> tuple[str, tuple[str, ...]]:
+        """What the server's node says of itself: its state and addresses."""
+        found = self.inside("status", "--json", "--peers=false").check().json()
+        return found["BackendState"], tuple(found["TailscaleIPs"] or ())
 
     def inside(self, *argv: str) -> Result:
         assert PROGRAMS is not None
@@ -97,12 +113,6 @@ class Tailnet:
         return result.stdout.strip() if result.ok else result.tail().splitlines()[-1]
 
 
-def load(network: Network, batches: list[Batch]) -> None:
-    for batch in batches:
-        inside = ["-n", batch.namespace] if batch.namespace else []
-        RUNNER.run(Command(["ip", *inside, "-batch", "-"], "lay legs", stdin="\n".join(batch.lines) + "\n")).check()
-
-
 def nft(namespace: str, text: str) -> None:
     RUNNER.run(Command(["ip", "netns", "exec", namespace, "nft", "-f", "-"], "load rules", stdin=text)).check()
 
@@ -116,12 +126,9 @@ def tailnet(tmp_path: Path) -> Iterator[Tailnet]:
     children: list[Background] = []
     real = RealTailnet(net, PROGRAMS, tmp_path / "tailnet", RUNNER, path=os.environ["PATH"])
     try:
-        network.up()
-        load(network, plan_nodes(net))
-        for name in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"):
-            in_namespace(net.tailnet_ns, lambda found=name: Path("/proc/sys", found).write_text("1"))  # type: ignore[misc]
-        nft(net.tailnet_ns, render_operator())
-        network.attach(SERVER_ID, 10)
+        (tmp_path / "tailnet" / "db.sqlite").write_bytes(b"left half-made by a headscale that was killed")
+        network.up(nodes=True)
+        network.attach(SERVER_ID, *net.server(10))
         network.filter({SERVER_ID: ()})
         for namespace in (net.internet_ns, net.tailnet_ns, net.member_ns, net.machine_ns(SERVER_ID)):
             nft(namespace, watch(net))
@@ -131,20 +138,15 @@ def tailnet(tmp_path: Path) -> Iterator[Tailnet]:
         for child in children:
             child.terminate()
         real.stop()
+        Group(net.prefix).remove()
         network.sweep()
         assert network.leftovers() == []
         release_number(number, tmp_path)
 
 
 def test_a_machine_behind_a_closed_firewall_joins_and_is_reached_by_members_alone(tailnet: Tailnet) -> None:
-    assert PROGRAMS is not None
     real, net = tailnet.real, tailnet.network.net
-    state = tailnet.folder / "server"
-    tailnet.spawn(
-        PROGRAMS.tailscaled, "--no-logs-no-support", "--tun=tailscale0", f"--statedir={state}", f"--state={state}/state",
-        f"--socket={tailnet.folder / 'server.sock'}",
-    )  # fmt: skip
-    assert wait_until(lambda: tailnet.inside("version", "--daemon").ok, timeout_s=10)
+    tailnet.node()
 
     wrong = Secret(f"hskey-auth-canarycanary-{'canary00' * 8}")
     refused = tailnet.join(wrong)
@@ -163,7 +165,7 @@ def test_a_machine_behind_a_closed_firewall_joins_and_is_reached_by_members_alon
     assert wait_until(joined, timeout_s=20)
     alpha = next(entry for entry in real.status()["Peer"].values() if entry["HostName"] == "alpha")
     assert alpha["Tags"] == ["tag:clawdlets"]
-    assert real.addresses("alpha") == tuple(alpha["TailscaleIPs"])
+    assert real.addresses({SERVER_ID: "alpha", 8: "bravo"}) == {SERVER_ID: tuple(alpha["TailscaleIPs"])}
     found = next(peer for peer in peers(real.status()) if peer.name == "alpha")
     assert found.key_expiry is None
 
@@ -192,6 +194,24 @@ def test_a_machine_behind_a_closed_firewall_joins_and_is_reached_by_members_alon
         assert re.findall(r"elements = .*", RUNNER.run(Command(argv, "read strays")).check().stdout) == [], namespace
 
 
+def test_a_restart_ends_a_node_that_joined_by_an_ephemeral_key_and_no_other(tailnet: Tailnet) -> None:
+    """What headscale 0.28 does, and why a host's key is not ephemeral."""
+    daemon = tailnet.node()
+    assert tailnet.join(tailnet.real.mint(ephemeral=True)).ok
+    passing = tailnet.state()
+    assert passing[0] == "Running"
+    daemon.terminate()
+    daemon = tailnet.node()
+    assert wait_until(lambda: tailnet.state()[0] == "NeedsLogin", timeout_s=10)
+    assert "alpha" not in {node["given_name"] for node in tailnet.real.nodes()}
+    assert tailnet.join(tailnet.real.mint()).ok
+    lasting = tailnet.state()
+    assert lasting != passing
+    daemon.terminate()
+    tailnet.node()
+    assert wait_until(lambda: tailnet.state() == lasting, timeout_s=10)
+
+
 def test_a_tailnet_that_is_started_again_knows_its_nodes(tailnet: Tailnet) -> None:
     before = {(node["given_name"], node["node_key"]) for node in tailnet.real.nodes()}
     assert {name for name, _ in before} == {"operator", "member"}
@@ -199,3 +219,6 @@ def test_a_tailnet_that_is_started_again_knows_its_nodes(tailnet: Tailnet) -> No
     assert {(node["given_name"], node["node_key"]) for node in tailnet.real.nodes()} == before
     assert tailnet.real.status()["BackendState"] == "Running"
     assert json.dumps(tailnet.real.status()).count("100.64.") > 0
+    said = (tailnet.folder / "tailnet" / "operator.log").read_bytes()
+    assert b"Engine created" in said
+    assert b"system state directory" not in said  # /var/lib/tailscale is this machine's

@@ -1,10 +1,9 @@
-"""The machine backend by itself: first boot, metadata, rescue, snapshots, console, cut flows; then some through the API."""
+"""The machine backend by itself: first boot, metadata, rescue, snapshots, console, cut flows."""
 
 from __future__ import annotations
 
 import base64
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -13,18 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hcloud import Client
-from hcloud.images.domain import Image
-from hcloud.server_types.domain import ServerType
 
-from clawdlets_ops.lab import control
 from clawdlets_ops.lab.addressing import Addressing
-from clawdlets_ops.lab.backend import BackendError, MachineSpec, RescueBackend, Rule, SnapshotBackend
+from clawdlets_ops.lab.backend import AddressingBackend, BackendError, MachineSpec, RescueBackend, Rule, SnapshotBackend
 from clawdlets_ops.lab.machines import Machines
 from clawdlets_ops.lab.network import Network, in_namespace
 from clawdlets_ops.lab.processes import Group, mounts_below
-from clawdlets_ops.lab.registry import claim_number, read_record, release_number
-from clawdlets_ops.layout import Layout
+from clawdlets_ops.lab.registry import claim_number, release_number
 from clawdlets_ops.process import Command, LocalRunner, Result
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
@@ -231,6 +225,7 @@ def test_a_script_runs_and_one_that_cannot_be_taken_says_why(rig: Rig) -> None:
 
 def test_a_rescue_is_one_boot_with_the_disk_at_hand(rig: Rig, spec: MachineSpec) -> None:
     backend: RescueBackend = rig.machines
+    assert isinstance(backend, AddressingBackend)
     rig.ssh(spec, "echo of the disk > /var/kept; rm /root/.ssh/authorized_keys; sync").check()
     assert not rig.ssh(spec, "true").ok
     backend.enable_rescue(spec.server_id, (rig.public_key,))
@@ -340,43 +335,3 @@ def test_established_flows_are_cut_when_the_lab_says_so(rig: Rig, spec: MachineS
     finally:
         listener.close()
         rig.machines.cut_established(False)
-
-
-def test_rescue_and_snapshot_through_the_api(tmp_path: Path) -> None:
-    layout = Layout(tmp_path / "checkout")
-    (layout.root / "fleet").mkdir(parents=True)
-    shutil.copy(BASE.parents[2] / "fleet" / "clawdlets.json", layout.root / "fleet")
-    (layout.root / ".cache").symlink_to(BASE.parents[1])
-    try:
-        control.up(layout, os.environ)
-        record = read_record(layout.lab)
-        assert record is not None
-        token = (layout.lab / "token").read_text().strip()
-        client = Client(token, api_endpoint=record.endpoint, poll_interval=0.05)
-        private = layout.runtime / "keys" / "operators" / "ssh_ed25519"
-        key = client.ssh_keys.create("operator", private.with_suffix(".pub").read_text())
-
-        def hostname(address: str) -> str:
-            return ssh(private, address, "hostname; cat /srv/app 2>/dev/null").stdout
-
-        made = client.servers.create("alpha", ServerType("cx23"), Image(name="debian-12"), ssh_keys=[key])
-        made.action.wait_until_finished()
-        server, address = made.server, made.server.public_net.ipv4.ip
-        eventually(lambda: hostname(address) == "alpha\n", "alpha")
-        ssh(private, address, "echo golden > /srv/app").check()
-
-        server.enable_rescue(type="linux64", ssh_keys=[str(key.id)]).action.wait_until_finished()
-        server.reset().wait_until_finished()
-        eventually(lambda: hostname(address) == "rescue\n", "the rescue system")
-        server.reset().wait_until_finished()
-        eventually(lambda: hostname(address) == "alpha\ngolden\n", "alpha again")
-        server.reload()
-        assert server.rescue_enabled is False
-
-        taken = server.create_image(description="golden")
-        taken.action.wait_until_finished()
-        copy = client.servers.create("beta", ServerType("cx23"), taken.image, ssh_keys=[key])
-        copy.action.wait_until_finished()
-        eventually(lambda: hostname(copy.server.public_net.ipv4.ip) == "beta\ngolden\n", "beta")
-    finally:
-        control.down(layout, os.environ)

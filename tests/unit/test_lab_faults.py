@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ WRITTEN = [
     "sshd-late alpha seconds=10",
     "disk-full alpha",
     "scan alpha",
+    "clock-skew api seconds=-7200",
 ]
 
 
@@ -53,8 +55,8 @@ def test_what_is_written_is_what_is_understood(text: str) -> None:
     assert parse_fault(fault.words) == fault
 
 
-def test_every_kind_is_among_the_examples_or_refused() -> None:
-    assert {text.split()[0] for text in WRITTEN} | {"clock-skew"} == set(SHAPES)
+def test_every_kind_is_among_the_examples() -> None:
+    assert {text.split()[0] for text in WRITTEN} == set(SHAPES)
 
 
 def test_what_is_left_out_means_every_request() -> None:
@@ -117,6 +119,13 @@ class Api:
         raw = b"" if body is None else json.dumps(body).encode()
         answer = self.emulator.handle(Request(method, f"/v1{path}", sent, raw))
         return answer.status, answer.payload
+
+    def faulted(self) -> list[tuple[str, str, int, str]]:
+        """The journal's lines that name a fault."""
+        entries = [json.loads(line) for line in self.journal_file.read_text().splitlines()]
+        return [
+            (entry["method"], entry["path"], entry["status"], entry["fault"]) for entry in entries if "fault" in entry
+        ]
 
     def add(self, text: str) -> str:
         return self.book.add(parse_fault(text.split())).id
@@ -223,6 +232,59 @@ def test_an_action_ends_in_error_and_the_next_one_does_not(api: Api) -> None:
     api.book.act("create_server")  # spent
 
 
+def test_the_journal_names_the_fault_that_a_request_met_and_no_other_request(api: Api) -> None:
+    for text in ("answer 503 GET /servers times=1", "slow GET /servers seconds=0.01 times=1"):
+        api.add(text)
+    for kind in ("cut", "lost-answer", "timeout"):
+        more = " seconds=0.01" if kind == "timeout" else ""
+        api.add(f"{kind} POST /ssh_keys{more} times=1")
+    for _ in range(3):
+        api.ask("GET", "/servers")
+    for _ in range(3):
+        with pytest.raises(ConnectionAbortedError):
+            api.ask("POST", "/ssh_keys", {"name": "canary", "public_key": "canary"})
+    assert api.ask("GET", "/locations")[0] == 200
+    assert api.faulted() == [
+        ("GET", "/v1/servers", 503, "f1: answer 503 GET /servers times=1"),
+        ("GET", "/v1/servers", 200, "f2: slow GET /servers seconds=0.01 times=1"),
+        ("POST", "/v1/ssh_keys", 0, "f3: cut POST /ssh_keys times=1"),
+        ("POST", "/v1/ssh_keys", 422, "f4: lost-answer POST /ssh_keys times=1"),
+        ("POST", "/v1/ssh_keys", 0, "f5: timeout POST /ssh_keys seconds=0.01 times=1"),
+    ]
+
+
+def test_the_journal_names_the_fault_of_an_action_where_the_client_learns_of_it(api: Api) -> None:
+    api.add("action create_server times=1")
+    action = api.ask("POST", "/servers", SERVER)[1]["action"]
+    deadline = time.monotonic() + 5
+    while action["status"] == "running" and time.monotonic() < deadline:
+        action = api.ask("GET", f"/actions/{action['id']}")[1]["action"]
+    assert action["status"] == "error"
+    assert api.ask("GET", "/locations")[0] == 200
+    told = api.faulted()
+    assert {fault for *_, fault in told} == {"f1: action create_server times=1"}
+    assert {path for _, path, *_ in told} <= {"/v1/servers", f"/v1/actions/{action['id']}"}
+
+
+def test_the_clouds_clock_is_wrong_as_asked_for_and_the_journals_is_not(tmp_path: Path) -> None:
+    book = FaultBook()
+    cloud = Cloud(backend=StubBackend(), addresses=LoopbackPool(), state_file=None, clock=book.now)
+    emulator = FaultyEmulator(cloud, token=TOKEN, journal_file=tmp_path / "journal.jsonl", book=book)
+    skewed = Api(book, emulator, tmp_path / "journal.jsonl")
+    behind = skewed.add("clock-skew api seconds=-7200")
+    started = datetime.now(UTC).replace(microsecond=0)
+    created = datetime.fromisoformat(skewed.ask("POST", "/servers", SERVER)[1]["server"]["created"])
+    rate = emulator.handle(Request("GET", "/v1/servers", {"authorization": f"Bearer {TOKEN}"}, b"")).rate
+    assert rate is not None
+    for seen in (created, datetime.fromtimestamp(rate.reset, UTC), emulator.now()):
+        assert timedelta(0) <= seen + timedelta(hours=2) - started < timedelta(minutes=5)
+    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert all(datetime.fromisoformat(line["ts"]) >= started for line in lines)
+    book.clear(behind)
+    assert emulator.now() >= started
+    cloud.close()
+
+
 def test_actions_of_another_name_are_left_alone() -> None:
     book = FaultBook()
     book.add(parse_fault(["action", "reboot_server"]))
@@ -281,6 +343,13 @@ def test_a_vantage_point_is_on_one_side_only() -> None:
     assert at["*"] == [NET.internet_ns, NET.tailnet_ns]
     assert at["operator"] == at["stranger"] == [NET.internet_ns]
     assert at["operator-tailnet"] == at["member"] == [NET.tailnet_ns]
+
+
+def test_on_a_real_tailnet_what_comes_from_its_nodes_crosses_the_internet() -> None:
+    (internet,) = sides(NET, nodes=True)
+    assert internet.sources["operator-tailnet"] == NET.outside(5)
+    text = render_rules(internet, [(Fault("loss", "alpha", percent=100, vantage="member"), "s1")])
+    assert f'oifname "s1" ip saddr {NET.outside(6)[0]} drop' in text
 
 
 def test_loss_is_random_in_both_directions_and_for_one_vantage_point_only() -> None:

@@ -15,7 +15,15 @@ import yaml
 from clawdlets_ops.errors import LabError
 from clawdlets_ops.fleet import load_fleet
 from clawdlets_ops.lab import first_boot, metadata
-from clawdlets_ops.lab.addressing import MAX_NUMBER, Addressing, plan_attach, plan_join, plan_up
+from clawdlets_ops.lab.addressing import (
+    MAX_NUMBER,
+    Addressing,
+    plan_attach,
+    plan_join,
+    plan_nodes,
+    plan_second_network,
+    plan_up,
+)
 from clawdlets_ops.lab.backend import BackendError, MachineSpec, Rule
 from clawdlets_ops.lab.disk import PROFILE, Disk, copy_tree
 from clawdlets_ops.lab.machine import Desired
@@ -89,7 +97,13 @@ def test_names_fit_into_what_linux_takes(number: int) -> None:
     net = Addressing(number)
     lines = [
         line
-        for batch in [*plan_up(net), *plan_attach(net, 123456, 254), *plan_join(net, 123456, 254)]
+        for batch in [
+            *plan_up(net),
+            *plan_second_network(net),
+            *plan_nodes(net),
+            *plan_attach(net, 123456, *net.server(254)),
+            *plan_join(net, 123456, 254),
+        ]
         for line in batch.lines
     ]
     devices = {line.split()[line.split().index("dev") + 1] for line in lines if " dev " in line}
@@ -375,3 +389,28 @@ def test_a_process_is_known_by_its_start_too() -> None:
     assert me is not None
     assert me.alive()
     assert not ProcessId(me.pid, me.start_ticks + 1).alive()
+
+
+@pytest.mark.parametrize(
+    ("ipv4", "ipv6", "families"), [("198.18.1.10", "", "4"), ("", "2001:2:0:10b::/64", "6"), ("", "", "")]
+)
+def test_a_leg_has_the_families_that_its_server_has(ipv4: str, ipv6: str, families: str) -> None:
+    router, guest = (batch.lines for batch in plan_attach(Addressing(1), 1001, ipv4, ipv6))
+    assert [line for line in router if "route add" in line] == [
+        *(["route add 198.18.1.10/32 dev s1001"] if ipv4 else []),
+        *(["route add 2001:2:0:10b::/64 via fe80::2 dev s1001"] if ipv6 else []),
+    ]
+    assert ("route add default via 172.31.1.1 dev eth0 onlink" in guest) is ("4" in families)
+    assert ("route add ::/0 via fe80::1 dev eth0" in guest) is ("6" in families)
+    assert [line for line in guest if line.startswith("address add") and "fe80" not in line] == [
+        *(["address add 198.18.1.10/32 dev eth0"] if ipv4 else []),
+        *(["address add 2001:2:0:10b::1/64 dev eth0 nodad"] if ipv6 else []),
+    ]
+
+
+def test_a_servers_place_on_the_stand_in_tailnet_is_its_own_while_it_lives() -> None:
+    net = Addressing(1)
+    assert net.tailnet_key(("198.18.1.12", "2001:2:0:10d::1"), ()) == 12
+    assert net.tailnet_key(("198.18.1.12", "2001:2:0:10d::1"), (12,)) == 13
+    assert net.tailnet_key(("198.18.1.12",), (10, 12)) == 11
+    assert net.tailnet_key((), ()) == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ def test_every_column_is_aligned_and_says_what_is_not_there() -> None:
     assert "operator  internet  no    unknown" in lines
     assert "member    tailnet   yes   -" in lines
     assert lines[-1].split() == ["03:04:05", "POST", "/v1/servers", "201", "yes", "hcloud-terraform/1.50"]
+
+
+def test_which_tailnet_it_is_is_told_with_what_shows_it() -> None:
+    real = control.Tailnet("real", True, "headscale v0.28.0 at https://198.19.7.4")
+    assert "\nits tailnet is the real one: headscale v0.28.0 at https" in overview.text(replace(UP, tailnet=real))
+    broken = control.Tailnet("real", False, "member ended")
+    assert "the real one: member ended; clawdlets lab up mends it\n" in overview.text(replace(UP, tailnet=broken))
+    played = control.Tailnet("stand-in", True, "a second network")
+    assert "its tailnet is the stand-in: a second network\n" in overview.text(replace(UP, tailnet=played))
+    said = {"kind": "stand-in", "works": True, "evidence": "a second network"}
+    assert overview.as_json(replace(UP, tailnet=played))["tailnet"] == said
 
 
 def test_exposure_that_was_not_measured_is_not_claimed() -> None:
@@ -139,3 +151,18 @@ def test_every_tier_is_told_with_what_it_lacks(tmp_path: Path) -> None:
     assert "hcloud-cli" in told["the contract tests run here"].fix
     assert told["the lab tests run here"].observed.startswith("no: ")
     assert "make setup" in told["the lab tests run here"].fix
+
+
+def test_an_address_that_is_not_there_the_rescue_system_and_cut_flows_are_shown() -> None:
+    six = replace(ALPHA, ipv4="", in_rescue=True)
+    assert six.public_addresses == {6: ALPHA.ipv6}
+    assert replace(BRAVO, ipv6="").public_addresses == {4: BRAVO.ipv4}
+    status = replace(UP, servers=(six, replace(BRAVO, in_rescue=True)), cut_established=True)
+    said = overview.text(status).splitlines()
+    assert any(line.split()[:5] == ["alpha", "running", "(rescue)", "-", ALPHA.ipv6] for line in said)
+    assert any(line.split()[:2] == [BRAVO.name, "off"] and "rescue" not in line for line in said)
+    assert any("ends the flows" in line for line in said)
+    assert "ends the flows" not in overview.text(UP)
+    document = overview.as_json(status)
+    assert (document["cutEstablished"], document["machines"][0]["inRescue"]) == (True, True)
+    assert document["machines"][0]["ipv4"] == ""

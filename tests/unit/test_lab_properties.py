@@ -7,8 +7,10 @@ the emulator without a socket.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from clawdlets_ops.lab.api import Answer, Emulator, Request
 from clawdlets_ops.lab.backend import LoopbackPool, StubBackend
 from clawdlets_ops.lab.cloud import Cloud
 from clawdlets_ops.lab.records import State
+from clawdlets_ops.lab.store import Store
 
 TOKEN = "canary00" * 8
 HEADERS = {"authorization": f"Bearer {TOKEN}", "user-agent": "property-test"}
@@ -54,8 +57,8 @@ SEED: list[tuple[str, dict[str, Any]]] = [
 
 
 @contextmanager
-def emulator(*, seeded: bool = True) -> Iterator[tuple[Emulator, Cloud]]:
-    cloud = Cloud(backend=StubBackend(), addresses=LoopbackPool(), state_file=None)
+def emulator(*, seeded: bool = True, state_file: Path | None = None) -> Iterator[tuple[Emulator, Cloud]]:
+    cloud = Cloud(backend=StubBackend(), addresses=LoopbackPool(), state_file=state_file)
     try:
         api = Emulator(cloud, token=TOKEN, journal_file=None)
         for kind, body in SEED if seeded else ():
@@ -193,6 +196,21 @@ def test_any_sequence_is_answered_as_documented_and_leaves_the_state_whole(
         for kind in openapi.READABLE:
             assert send(api, "GET", f"/{kind}").status == 200
         check_whole(cloud)
+
+
+@given(sequence=st.lists(requests(), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+def test_any_sequence_is_on_disk_as_it_is_in_memory(sequence: list[tuple[str, str, bytes]]) -> None:
+    """No change is overlooked: what is answered is what a killed emulator comes back with."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, copy = Path(folder) / "cloud.json", Path(folder) / "copy.json"
+        copy.touch(0o600)
+        with emulator(state_file=file) as (api, cloud):
+            for method, path, body in sequence:
+                send(api, method, path, body)
+                with cloud_lock(cloud):
+                    copy.write_bytes(file.read_bytes())
+                    assert Store(copy).state.to_json() == state_of(cloud).to_json(), (method, path, body)
 
 
 @pytest.mark.parametrize(("method", "path", "schema"), OPERATIONS, ids=lambda value: str(value)[:50])
