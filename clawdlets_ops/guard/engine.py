@@ -1,34 +1,26 @@
-"""Runs the rules over a stream of bytes with bounded memory: a Set of google-re2, or ``re`` where that is not installed.
+"""Runs the rules over a stream of bytes with bounded memory.
 
-Both find the same (tests/contract/test_guard_engine.py). The Set says in one pass which rules occur in a piece of text;
-only those are then located, and confirmed one by one.
+A matcher says which rules may occur in a piece of text; only those are then located, and confirmed one by one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
 
 from clawdlets_ops.errors import SettingsError
-from clawdlets_ops.guard.candidate import LONG_RUN, REACH, Candidate
+from clawdlets_ops.guard import matchers
+from clawdlets_ops.guard.candidate import REACH, Candidate
+from clawdlets_ops.guard.matchers import Matcher
 from clawdlets_ops.guard.needles import Needle
 from clawdlets_ops.guard.rules import RULES, Rule
-
-try:
-    import re2  # type: ignore[import-not-found,import-untyped,unused-ignore]
-except ImportError:  # an optional speed-up: everything works without it
-    re2 = None
 
 PIECE_BYTES = 131_072
 """How much is matched at a time; what is read at a time is as much."""
 _AHEAD = 2 * REACH  # a match, and what its rule may look at after it
-_DFA_MEMORY_BYTES = 512 * 1024 * 1024  # a ceiling, reserved only as far as it is used; RE2 fails silently at it
-_NEEDLE_TRIGGER_BYTES = 10  # of each form; the whole is then searched for where this occurs
 _FINGERPRINT_CHARS = 16
 _LINE_REACH = 200
 
@@ -45,103 +37,43 @@ class Hit:
     fingerprint: str
 
 
-class Matcher(Protocol):
-    """Finds patterns in bytes. ``present`` gives the indices of those that occur in ``text``, in order."""
-
-    name: str
-
-    def present(self, text: bytes) -> Sequence[int]:
-        """Which patterns occur."""
-        ...
-
-    def find(self, index: int, text: bytes) -> Iterable[Any]:
-        """The matches of one pattern, as ``re.finditer`` gives them."""
-        ...
-
-
-class Re2Matcher:
-    """One Set of all triggers and of what the needles' forms begin with."""
-
-    name = "re2"
-
-    def __init__(self, rules: Sequence[Rule], forms: Sequence[bytes]) -> None:
-        options = re2.Options()
-        options.max_mem = _DFA_MEMORY_BYTES
-        options.encoding = re2.Options.Encoding.LATIN1
-        self._set = re2.Set.SearchSet(options)
-        self._patterns = [re2.compile(rule.pattern, options) for rule in rules]
-        self._long = [index for index, rule in enumerate(rules) if rule.long_run]
-        self._numbers = [index for index, rule in enumerate(rules) if not rule.long_run]
-        for index in self._numbers:
-            self._set.Add(rules[index].trigger or rules[index].pattern)
-        if forms:
-            self._numbers.append(len(rules))
-            self._set.Add(b"|".join(sorted({_literal(form[:_NEEDLE_TRIGGER_BYTES]) for form in forms})))
-        self._set.Compile()
-
-    def present(self, text: bytes) -> Sequence[int]:
-        """One pass of the Set; long runs apart, whose counting would multiply the automaton's states."""
-        found = [self._numbers[place] for place in self._set.Match(text) or ()]
-        return sorted([*found, *self._long] if _has_long_run(text) else found)
-
-    def find(self, index: int, text: bytes) -> Iterable[Any]:
-        """RE2's own search for one pattern."""
-        found: Iterable[Any] = self._patterns[index].finditer(text)
-        return found
-
-
-class ReMatcher:
-    """The same with the standard library: a word search first, then each rule that may occur."""
-
-    name = "re"
-
-    def __init__(self, rules: Sequence[Rule], forms: Sequence[bytes]) -> None:
-        self._rules = rules
-        self._patterns = [re.compile(rule.pattern) for rule in rules]
-        self._triggers = [re.compile(rule.trigger or rule.pattern) for rule in rules]
-        self._forms = forms
-
-    def present(self, text: bytes) -> Sequence[int]:
-        """A search for each rule's words, then for its trigger."""
-        low, long_run = text.lower(), _has_long_run(text)
-        found = [
-            index
-            for index, (rule, trigger) in enumerate(zip(self._rules, self._triggers, strict=True))
-            if (not rule.keywords or any(word in low for word in rule.keywords))
-            and (long_run if rule.long_run else trigger.search(text))
-        ]
-        return [*found, len(self._rules)] if any(form in text for form in self._forms) else found
-
-    def find(self, index: int, text: bytes) -> Iterable[Any]:
-        """``re``'s own search for one pattern."""
-        return self._patterns[index].finditer(text)
-
-
 class Engine:
-    """The rules and the known secrets, ready to scan. ``plain`` forces the standard library's ``re``.
+    """The rules and the known secrets, ready to scan with the ``matcher`` that is asked for, else with the fastest here.
 
     SettingsError when a rule does not catch its own sample: an engine that is blind must not say that all is well.
     """
 
-    def __init__(self, needles: Iterable[Needle] = (), *, rules: Sequence[Rule] = RULES, plain: bool = False) -> None:
+    def __init__(
+        self,
+        needles: Iterable[Needle] = (),
+        *,
+        rules: Sequence[Rule] = RULES,
+        matcher: Callable[[Sequence[Rule], Sequence[bytes]], Matcher] = matchers.best,
+    ) -> None:
         self.needles = tuple(needles)
         self._rules = tuple(rules)
         self._forms = [(form, needle) for needle in self.needles for form in needle.forms()]
         forms = [form for form, _ in self._forms]
-        self._matcher: Matcher = (
-            ReMatcher(self._rules, forms) if plain or re2 is None else Re2Matcher(self._rules, forms)
-        )
+        self._matcher = matcher(self._rules, forms)
         self._prove()
 
     @property
     def name(self) -> str:
-        """``re2`` or ``re``."""
+        """What it matches with: ``hyperscan+re2``, ``re2`` or ``re``."""
         return self._matcher.name
 
     @property
     def rule_count(self) -> int:
         """How many rules it has, each proven on its sample."""
         return len(self._rules)
+
+    def is_silent(self, texts: Sequence[bytes]) -> bool:
+        """True when nothing in any of ``texts`` (together at most PIECE_BYTES or so) can be a hit of ``scan``.
+
+        One question for many small files: asking for each would cost as much again. False says nothing.
+        """
+        text = texts[0] if len(texts) == 1 else b"\n".join(texts)
+        return b"\0" not in text and not self._matcher.present(text)
 
     def scan(self, pieces: Iterable[bytes]) -> Iterator[Hit]:
         """Every hit in the concatenation of ``pieces``, which may be of any size; memory is bounded by the largest.
@@ -205,18 +137,6 @@ class Engine:
         for needle in self.needles:
             if not any(hit.rule == "known-secret" for hit in self.scan([needle.forms()[0]])):
                 raise SettingsError(f"the known secret {needle.name} is not found again", where=f"engine {self.name}")
-
-
-_RUNS = bytes(97 if chr(byte).isascii() and (chr(byte).isalnum() or byte in b"+/") else 32 for byte in range(256))
-_RUN = b"a" * LONG_RUN
-
-
-def _has_long_run(text: bytes) -> bool:
-    return _RUN in text.translate(_RUNS)
-
-
-def _literal(form: bytes) -> bytes:
-    return b"".join(b"\\x%02x" % byte if not (48 <= byte <= 57) else b"%c" % byte for byte in form)
 
 
 def _sized(pieces: Iterable[bytes]) -> Iterator[bytes]:

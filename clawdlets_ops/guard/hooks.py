@@ -102,6 +102,13 @@ def remove(repository: Repository) -> list[Change]:
     return changes
 
 
+def present(repository: Repository) -> tuple[Path, frozenset[str]]:
+    """Where git looks for hooks, and which of ours are there and can be run. SettingsError as for ``install``."""
+    folder = _folder(repository)
+    ours = (name for name in HOOKS if _ours(folder / name) is not None and os.access(folder / name, os.X_OK))
+    return folder, frozenset(ours)
+
+
 def _folder(repository: Repository) -> Path:
     configured = repository.config("core.hooksPath")
     if configured and configured[0] not in ("local", "worktree", "command"):

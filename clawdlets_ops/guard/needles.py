@@ -1,4 +1,4 @@
-"""The secrets that this project has on disk, as exact needles: found whatever they look like, in the forms they leak in."""
+"""The secrets that this project has, as exact needles: found whatever they look like, in the forms they leak in."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from clawdlets_ops import age
+from clawdlets_ops.errors import ClawdletsError
+from clawdlets_ops.files import read_private
 from clawdlets_ops.layout import Layout
+from clawdlets_ops.process import Runner
+from clawdlets_ops.secrets.vault import AGE_PUBLIC, open_all, read_all
 from clawdlets_ops.sensitive import Secret
+from clawdlets_ops.sops import Sops, find_sops
 
 MIN_CHARS = 12
 """A shorter value would be found in ordinary text."""
@@ -22,6 +29,7 @@ _PLAIN_SETTINGS = frozenset(
     {"HCLOUD_ENDPOINT", "CLAWDLETS_OPERATOR", "CLAWDLETS_SECRETS_FILE", "CLAWDLETS_TOOL_PATH", "TF_CLI_CONFIG_FILE"}
 )
 _COMMON_KEY_LINES = 1  # the first line of an OpenSSH key's body says only which kind it is
+_STATE_VALUE = re.compile(r"secret|token|passw|private|user_data|passphrase", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ def known(layouts: Iterable[Layout], secrets_file: Path | None = None) -> tuple[
         sources = [(layout.env_file, _from_env)]
         sources += [(path, _from_key) for path in _files(layout.runtime / "keys", faults)]
         sources += [(path, _from_key) for path in _files(layout.runtime / "extra-files", faults)]
+        infra = _files(layout.tofu_dir("any").parent, faults)
+        sources += [(path, _from_state) for path in infra if ".tfstate" in path.name]
         values_file = secrets_file or _named_values_file(layout)
         if values_file is not None:
             sources.append((values_file, _from_json))
@@ -82,6 +92,40 @@ def known(layouts: Iterable[Layout], secrets_file: Path | None = None) -> tuple[
                         found.setdefault(value, Needle(f"{label}{name}", Secret(value, label)))
             except ValueError:
                 faults.append(f"{path}: is not valid JSON")
+    return list(found.values()), faults
+
+
+def decrypted(layouts: Iterable[Layout], runner: Runner) -> tuple[list[Needle], list[str]]:
+    """Every value under ``secrets/``, opened in memory with the operators' keys that are here, and what could not be.
+
+    One sops process for each file, two at a time; nothing is written.
+    """
+    found: dict[str, Needle] = {}
+    faults: list[str] = []
+    for layout in layouts:
+        identities: list[age.Identity] = []
+        for path in sorted(layout.operator_key("any").parent.glob("*.agekey")):
+            try:
+                identities.append(age.from_key_file(Secret(read_private(path), str(path))))
+            except ClawdletsError as error:
+                faults.append(f"{path}: {error.what}")
+        files = [path for path in sorted(layout.secrets_dir.rglob("*.yaml")) if not path.name.startswith(".")]
+        sealed, unread = read_all(files)
+        faults += [f"{fault.where}: {fault.what}" for fault in unread]
+        for identity in identities:
+            mine = [one for one in sealed.values() if identity.recipient in one.recipients]
+            opened, closed = open_all(Sops(runner, find_sops(runner)), mine, identity)
+            faults += [f"{fault.where}: {fault.what}" for fault in closed]
+            for one in mine:
+                sealed.pop(one.path)
+                label = one.path.relative_to(layout.root).as_posix()
+                for key, value in opened.get(one.path, {}).items():
+                    text = value.reveal() if key != AGE_PUBLIC else ""
+                    parts = _from_key(text) if "\n" in text else [("", text)]
+                    for place, part in parts:
+                        if len(part) >= MIN_CHARS:
+                            found.setdefault(part, Needle(f"{label}{place}", Secret(part, label)))
+        faults += [f"{path}: no key is here that opens it" for path in sealed]
     return list(found.values()), faults
 
 
@@ -139,8 +183,19 @@ def _from_json(text: str) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             for key, part in value.items():
                 yield from leaves(f"{name}.{key}", part)
+        elif isinstance(value, list):
+            for part in value:
+                yield from leaves(name, part)
         elif isinstance(value, str):
             yield name, value
 
     for name, value in leaves("", json.loads(text)):
         yield f":{name[1:]}", value
+
+
+def _from_state(text: str) -> Iterator[tuple[str, str]]:
+    """What a state in clear holds under the name of a secret; one that OpenTofu has encrypted shows nothing."""
+    document = json.loads(text)
+    for name, value in _from_json(json.dumps(document.get("resources", []) if isinstance(document, dict) else [])):
+        if _STATE_VALUE.search(name.rpartition(".")[2]):
+            yield name, value

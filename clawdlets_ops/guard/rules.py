@@ -221,6 +221,7 @@ RULES: tuple[Rule, ...] = (
         rb"(?:\A|[^A-Za-z0-9+/_.-])([A-Za-z0-9]{64})",
         _is_hetzner,
         b"HCLOUD_TOKEN=" + _digits(64),
+        trigger=rb"[A-Za-z0-9]{64}",
         long_run=True,
     ),
     *_ENCODABLE,

@@ -25,7 +25,8 @@ Scope = Literal["staged", "tracked", "history", "push", "paths"]
 class Request:
     """What to scan. ``root`` is the project; ``paths`` for the scope of that name; ``updates`` and ``remote`` for push.
 
-    ``plain`` uses the standard library's ``re`` although google-re2 is there.
+    ``known_secrets`` decrypts what is under ``secrets/``, one sops process a file, to look for those values too;
+    ``more_needles`` are looked for as well: for a caller that has decrypted already.
     """
 
     root: Path
@@ -35,7 +36,8 @@ class Request:
     remote: str = ""
     secrets_file: Path | None = None
     second_opinion: bool = False
-    plain: bool = False
+    known_secrets: bool = False
+    more_needles: tuple[needles.Needle, ...] = ()
 
 
 def run(request: Request, *, runner: LocalRunner, environ: Mapping[str, str]) -> Outcome:
@@ -53,11 +55,11 @@ def run(request: Request, *, runner: LocalRunner, environ: Mapping[str, str]) ->
     layouts = [Layout(root)]
     if repository.common_dir.name == ".git":  # in a linked worktree, the runtime directory is in the main one
         layouts.append(Layout(repository.common_dir.parent / inside))
-    known, blind = needles.known(dict.fromkeys(layouts), request.secrets_file)
+    known, blind = _known(request, layouts, runner)
     tracked = repository.tracked()
     entries, faults = _allowed(repository, tracked, base)
     declared = None if request.scope in ("history", "push") else scanning.declared_in(repository, prefix, tracked)
-    ground = Ground(Engine(known, plain=request.plain), prefix, declared, entries)
+    ground = Ground(Engine(known), prefix, declared, entries)
     notes: list[str] = []
     items = _items(request, repository, tracked, prefix, base, notes)
     outcome = _scan(request, items, ground, runner, report_unused=request.scope == "tracked")
@@ -65,18 +67,32 @@ def run(request: Request, *, runner: LocalRunner, environ: Mapping[str, str]) ->
     outcome.leaks += [
         Leak("allow-list", allow.FILE, 0, fault, "an entry needs path, rule, fingerprint, reason") for fault in faults
     ]
+    if request.scope == "staged":
+        _let_join(outcome, repository)
     outcome.leaks += _blind_spots(request, repository, declared, tracked, prefix)
     return _with_blind(outcome, blind)
 
 
+def _known(request: Request, layouts: Sequence[Layout], runner: LocalRunner) -> tuple[list[needles.Needle], list[str]]:
+    """The secrets to look for by their value, and what of them could not be read."""
+    known, blind = needles.known(dict.fromkeys(layouts), request.secrets_file)
+    known += request.more_needles
+    if request.known_secrets:
+        more, faults = needles.decrypted([Layout(request.root.resolve())], runner)
+        have = {needle.value.reveal() for needle in known}
+        known += [needle for needle in more if needle.value.reveal() not in have]
+        blind += faults
+    return known, blind
+
+
 def _outside(request: Request, root: Path, runner: LocalRunner) -> Outcome:
     """Paths that are in no repository: no index to know from who may read what."""
-    known, blind = needles.known([Layout(root)], request.secrets_file)
+    known, blind = _known(request, [Layout(root)], runner)
     secrets = root / "secrets"
     files = {
         path.relative_to(secrets).as_posix(): path.read_bytes() for path in sorted(secrets.glob("keys/*/*.age.pub"))
     }
-    ground = Ground(Engine(known, plain=request.plain), "secrets/", sopsfiles.Declared.from_files(files))
+    ground = Ground(Engine(known), "secrets/", sopsfiles.Declared.from_files(files))
     items = scanning.file_items(request.paths, root, lambda _: None)
     return _with_blind(_scan(request, items, ground, runner, report_unused=False), blind)
 
@@ -157,6 +173,18 @@ def _blind_spots(
             )
         )
     return found
+
+
+def _let_join(outcome: Outcome, repository: Repository) -> None:
+    """A commit that declares a new reader says nothing of the files that it does not touch: another operator reconciles
+    them once that commit is there. The next scan of the whole index insists on it."""
+    late = {leak.path for leak in outcome.leaks if leak.rule == sopsfiles.MISSING}
+    if late and (late := late - {entry.path for entry in repository.staged()}):
+        outcome.leaks = [leak for leak in outcome.leaks if leak.rule != sopsfiles.MISSING or leak.path not in late]
+        outcome.notes.append(
+            f"{len(late)} files under secrets/ cannot be read by everybody declared: "
+            "an operator who reads them runs secrets reconcile"
+        )
 
 
 def _with_blind(outcome: Outcome, blind: Iterable[str]) -> Outcome:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from clawdlets_ops.errors import ClawdletsError
@@ -95,44 +97,88 @@ def scan(items: Iterable[Item], ground: Ground, scope: str, *, report_unused: bo
     outcome = Outcome(scope, ground.engine.name, ground.engine.rule_count, len(ground.engine.needles))
     used: set[allow.Entry] = set()
     seen: set[tuple[str, str, str, str]] = set()
-    stream = iter(items)
-    while True:
-        try:
-            item = next(stream)
-        except StopIteration:
-            break
-        except (OSError, ClawdletsError) as error:
-            why = str(error.strerror) if isinstance(error, OSError) else error.what
-            outcome.leaks.append(unknown(scope, f"the scan ended early: {why}", fix="see the message, then scan again"))
-            break
-        outcome.items += 1
-        try:
-            leaks = _look(item, ground, outcome)
-        except (OSError, ClawdletsError) as error:
-            why = str(error.strerror) if isinstance(error, OSError) else error.what
-            leaks = [
-                unknown(item.paths[0] if item.paths else item.label, f"could not be read: {why}", where=item.label)
-            ]
-        for leak in leaks:
-            entry = next(
-                (
-                    entry
-                    for entry in ground.allowed
-                    if entry.covers(path=leak.path, rule=leak.rule, fingerprint=leak.fingerprint)
-                ),
-                None,
-            )
-            if entry is not None and not leak.unknown:
-                used.add(entry)
-                leak = replace(leak, allowed=entry.reason)
-            # one line that is in a hundred versions of a file is one leak
-            key = (leak.rule, leak.path, leak.fingerprint or leak.what, "" if leak.path else leak.where)
-            if scope != "history" or key not in seen:
-                seen.add(key)
-                outcome.leaks.append(leak)
+    for leak in _leaks(iter(items), ground, outcome):
+        entry = next(
+            (
+                entry
+                for entry in ground.allowed
+                if entry.covers(path=leak.path, rule=leak.rule, fingerprint=leak.fingerprint)
+            ),
+            None,
+        )
+        if entry is not None and not leak.unknown:
+            used.add(entry)
+            leak = replace(leak, allowed=entry.reason)
+        # one line that is in a hundred versions of a file is one leak
+        key = (leak.rule, leak.path, leak.fingerprint or leak.what, "" if leak.path else leak.where)
+        if scope != "history" or key not in seen:
+            seen.add(key)
+            outcome.leaks.append(leak)
     if report_unused:
         outcome.unused = [entry for entry in ground.allowed if entry not in used]
     return outcome
+
+
+def _leaks(stream: Iterator[Item], ground: Ground, outcome: Outcome) -> Iterator[Leak]:
+    """Everything found, in the order of the items. Small contents are put to the engine many at a time."""
+    waiting: list[tuple[Item, bytes]] = []
+    waiting_bytes = 0
+    while True:
+        try:
+            item = next(stream, None)
+        except (OSError, ClawdletsError) as error:
+            yield from _look_together(waiting, ground, outcome)
+            yield unknown(outcome.scope, f"the scan ended early: {_why(error)}", fix="see the message, then scan again")
+            return
+        if item is None:
+            yield from _look_together(waiting, ground, outcome)
+            return
+        outcome.items += 1
+        try:
+            pieces = iter(item.pieces)
+            content, more = next(pieces, b""), next(pieces, None)
+        except (OSError, ClawdletsError) as error:
+            yield from _look_together(waiting, ground, outcome)
+            waiting, waiting_bytes = [], 0
+            yield _unread(item, error)
+            continue
+        waiting_bytes += len(content)
+        if more is None and waiting_bytes <= PIECE_BYTES:
+            waiting.append((item, content))
+            continue
+        yield from _look_together(waiting, ground, outcome)
+        if more is None:
+            waiting, waiting_bytes = [(item, content)], len(content)
+            continue
+        waiting, waiting_bytes = [], 0
+        try:
+            yield from _look(item, chain((content, more), pieces), ground, outcome)
+        except (OSError, ClawdletsError) as error:
+            yield _unread(item, error)
+
+
+def _look_together(waiting: list[tuple[Item, bytes]], ground: Ground, outcome: Outcome) -> Iterator[Leak]:
+    if not waiting:
+        return
+    silent = ground.engine.is_silent([content for _, content in waiting])
+    for item, content in waiting:
+        if (silent or ground.engine.is_silent((content,))) and not _by_path(item, ground):
+            outcome.size_bytes += len(content)
+        else:
+            yield from _look(item, (content,), ground, outcome)
+
+
+def _by_path(item: Item, ground: Ground) -> bool:
+    """Whether an item must be looked at for the sake of a path that it has."""
+    return any(path.startswith(ground.secrets_prefix) or may_be_forbidden(path) for path in item.paths)
+
+
+def _unread(item: Item, error: OSError | ClawdletsError) -> Leak:
+    return unknown(item.paths[0] if item.paths else item.label, f"could not be read: {_why(error)}", where=item.label)
+
+
+def _why(error: OSError | ClawdletsError) -> str:
+    return str(error.strerror) if isinstance(error, OSError) else error.what
 
 
 def unknown(path: str, what: str, *, where: str = "", fix: str = "make it readable, then scan again") -> Leak:
@@ -160,11 +206,11 @@ class _Tap:
             yield piece
 
 
-def _look(item: Item, ground: Ground, outcome: Outcome) -> list[Leak]:
+def _look(item: Item, pieces: Iterable[bytes], ground: Ground, outcome: Outcome) -> list[Leak]:
     in_secrets = [path for path in item.paths if path.startswith(ground.secrets_prefix)]
     suspect = [path for path in item.paths if may_be_forbidden(path)]
     keep = sopsfiles.MAX_BYTES + 1 if in_secrets else HEAD_BYTES if suspect else 0
-    tap = _Tap(item.pieces, keep, digest=bool(in_secrets or suspect))
+    tap = _Tap(pieces, keep, digest=bool(in_secrets or suspect))
     path = item.paths[0] if item.paths else item.label
     found: list[Leak] = []
     counts: dict[str, int] = {}
@@ -244,48 +290,69 @@ def history_items(repository: Repository) -> Iterator[Item]:
 
 def file_items(paths: Iterable[Path], root: Path, listing: Callable[[Path], Iterable[bytes] | None]) -> Iterator[Item]:
     """The files ``paths`` and those below folders, which ``listing`` names when git knows them; links are not followed."""
+    base = f"{os.path.abspath(root).rstrip('/')}/"
     for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            names = listing(path)
-            if names is None:
-                yield from (_file_item(each, root) for each in _walk(path))
-                continue
-            for each in (path / os.fsdecode(name) for name in names):
-                # a folder here is a submodule; what is not there was removed and is still in the index
-                if each.is_symlink() or (each.exists() and not each.is_dir()):
-                    yield _file_item(each, root)
+        absolute = os.path.abspath(path)
+        if os.path.islink(path) or not os.path.isdir(path):
+            yield _file_item(absolute, base, is_link=os.path.islink(path))
+        elif (names := listing(path)) is None:
+            for each, is_link in _walk(absolute):
+                yield _file_item(each, base, is_link=is_link)
         else:
-            yield _file_item(path, root)
+            for each in (os.path.join(absolute, os.fsdecode(name)) for name in names):
+                try:
+                    mode = os.lstat(each).st_mode
+                except FileNotFoundError:  # removed, and still in the index
+                    continue
+                except OSError:  # opening it will tell
+                    mode = 0
+                if not stat.S_ISDIR(mode):  # a folder here is a submodule
+                    yield _file_item(each, base, is_link=stat.S_ISLNK(mode))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files and links below ``folder``, and the folders that could not be listed."""
-    closed: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=lambda error: closed.append(Path(error.filename))):
-        links = [name for name in folders if Path(parent, name).is_symlink()]
-        folders[:] = sorted(name for name in folders if name != ".git" and name not in links)
-        for name in sorted([*names, *links]):
-            yield Path(parent, name)
-    yield from closed
+def _walk(folder: str) -> Iterator[tuple[str, bool]]:
+    """Files and links below ``folder``, with whether each is a link; and the folders that could not be listed."""
+    todo = [folder]
+    while todo:
+        here = todo.pop()
+        try:
+            with os.scandir(here) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError:
+            yield here, False  # reading it will fail, and that is told
+            continue
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                yield entry.path, entry.is_symlink()
+            elif entry.name != ".git":
+                todo.append(entry.path)
 
 
-def _file_item(path: Path, root: Path) -> Item:
-    absolute = Path(os.path.abspath(path))
-    name = str(absolute.relative_to(root)) if absolute.is_relative_to(root) else str(absolute)
-    shown = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return Item("work tree", _file_pieces(path), (shown,), LINK if path.is_symlink() else REGULAR)
+def _file_item(path: str, base: str, *, is_link: bool) -> Item:
+    name = path.removeprefix(base)
+    shown = name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+    return Item("work tree", _file_pieces(path), (shown,), LINK if is_link else REGULAR)
 
 
-def _file_pieces(path: Path) -> Iterator[bytes]:
-    info = path.lstat()
-    if stat.S_ISLNK(info.st_mode):
-        yield os.fsencode(path.readlink())
-    elif not stat.S_ISREG(info.st_mode):
-        raise ClawdletsError("is neither a file nor a link", where=str(path))
-    else:
-        with path.open("rb", buffering=0) as handle:
-            while piece := handle.read(PIECE_BYTES):
-                yield piece
+def _file_pieces(path: str | Path) -> Iterator[bytes]:
+    """The bytes of a file, a link's target for a link. Opened before it is looked at: what is judged is what is read."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not os.path.islink(path):
+            raise
+        yield os.fsencode(os.readlink(path))
+        return
+    try:
+        info = os.fstat(handle)
+        if not stat.S_ISREG(info.st_mode):
+            raise ClawdletsError("is neither a file nor a link", where=str(path))
+        while piece := os.read(handle, PIECE_BYTES):
+            yield piece
+            if len(piece) == info.st_size:
+                break
+    finally:
+        os.close(handle)
 
 
 def _pieces(found: Object) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ sops itself calls a file encrypted that has values in clear or one recipient too
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -27,6 +27,7 @@ _SUFFIX = "_unencrypted"
 _PUBLIC_LINE = re.compile(
     r"(?:ssh-ed25519|ssh-rsa|ecdsa-sha2-[a-z0-9-]+|sk-[a-z0-9@.-]+) [A-Za-z0-9+/]+={0,2}(?: [^\n]*)?"
 )
+MISSING = "secrets-missing-recipient"
 _TEXTS = frozenset({".sops.yaml", ".gitignore", ".gitattributes", ".gitkeep"})
 
 
@@ -45,12 +46,15 @@ class Declared:
 
     operators: frozenset[str] = frozenset()
     hosts: Mapping[str, str] = field(default_factory=dict)
+    next_keys: Mapping[str, str] = field(default_factory=dict)
+    """Of hosts whose key is being rotated: their secrets are for both."""
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Declared:
         """From the public keys among ``files`` (paths below ``secrets/``); a malformed one declares nobody."""
         operators: set[str] = set()
         hosts: dict[str, str] = {}
+        next_keys: dict[str, str] = {}
         for path, content in files.items():
             folder, _, name = path.rpartition("/")
             if not name.endswith(".age.pub"):
@@ -63,13 +67,17 @@ class Declared:
                 operators.add(recipient)
             elif folder == "keys/hosts":
                 hosts[name.removesuffix(".age.pub")] = recipient
-        return cls(frozenset(operators), hosts)
+            elif folder == "keys/next":
+                next_keys[name.removesuffix(".age.pub")] = recipient
+        return cls(frozenset(operators), hosts, next_keys)
 
     def readers(self, path: str) -> frozenset[str]:
         """The recipients that the file ``path`` (below ``secrets/``) may have."""
         parts = path.split("/")
-        host = self.hosts.get(parts[1]) if len(parts) == 3 and parts[0] == "hosts" else None
-        return self.operators | {host} if host else self.operators
+        if len(parts) != 3 or parts[0] != "hosts":
+            return self.operators
+        keys = (self.hosts.get(parts[1]), self.next_keys.get(parts[1]))
+        return self.operators | {key for key in keys if key}
 
 
 def judge(path: str, content: bytes, declared: Declared | None) -> list[Fault]:
@@ -147,11 +155,22 @@ def _readers(path: str, metadata: Mapping[str, Any], declared: Declared | None) 
     )
     if not readers:
         yield Fault("secrets-foreign-recipient", "is encrypted to no age recipient", "run secrets init")
-    elif declared is not None and (foreign := sorted(readers - declared.readers(path))):
-        names = {recipient: f"host {name}" for name, recipient in declared.hosts.items()}
-        shown = ", ".join(
-            f"{recipient} ({names[recipient]})" if recipient in names else recipient for recipient in foreign
+        return
+    if declared is None:
+        return
+    names = {recipient: f"host {name}" for name, recipient in declared.hosts.items()}
+
+    def named(recipients: Iterable[str]) -> str:
+        return ", ".join(f"{each} ({names[each]})" if each in names else each for each in sorted(recipients))
+
+    if missing := declared.readers(path) - readers:
+        yield Fault(
+            MISSING,
+            f"cannot be read by {named(missing)}, who is declared for it",
+            "let an operator who can read it run secrets reconcile, and commit what that changes",
         )
+    if foreign := readers - declared.readers(path):
+        shown = named(foreign)
         yield Fault(
             "secrets-foreign-recipient",
             f"can be read by {shown}, who is declared for it nowhere under secrets/keys",

@@ -1,14 +1,15 @@
-"""google-re2 against the standard library's re: the same findings; and the packaged scanner as we run it."""
+"""hyperscan, google-re2 and the standard library's re: the same findings; and the packaged scanner as we run it."""
 
 import os
+import re
 import shutil
 
 import pytest
 
 from clawdlets_ops.errors import ToolMissingError
-from clawdlets_ops.guard import engine as engines
-from clawdlets_ops.guard import kingfisher
-from clawdlets_ops.guard.engine import Engine
+from clawdlets_ops.guard import kingfisher, matchers
+from clawdlets_ops.guard.engine import PIECE_BYTES, Engine
+from clawdlets_ops.guard.matchers import HyperscanMatcher, Re2Matcher, ReMatcher
 from clawdlets_ops.guard.needles import Needle
 from clawdlets_ops.guard.rules import RULES
 from clawdlets_ops.guard.scan import Ground, Item, scan
@@ -17,14 +18,20 @@ from clawdlets_ops.sensitive import Secret
 from tests.guard_corpus import innocents, leaks
 
 pytestmark = pytest.mark.contract
-needs_re2 = pytest.mark.skipif(engines.re2 is None, reason="google-re2 is not installed")
 KNOWN = Needle("canary", Secret("canary with spaces/ünd=signs"))
+FAST = [
+    pytest.param(
+        HyperscanMatcher,
+        marks=pytest.mark.skipif(not (matchers.hyperscan and matchers.re2), reason="hyperscan is not installed"),
+    ),
+    pytest.param(Re2Matcher, marks=pytest.mark.skipif(not matchers.re2, reason="google-re2 is not installed")),
+]
 
 
-@needs_re2
-def test_both_engines_find_the_same_on_every_planted_leak_and_look_alike():
-    fast, plain = Engine([KNOWN]), Engine([KNOWN], plain=True)
-    assert (fast.name, plain.name) == ("re2", "re")
+@pytest.mark.parametrize("matcher", FAST)
+def test_all_engines_find_the_same_on_every_planted_leak_and_look_alike(matcher):
+    fast, plain = Engine([KNOWN], matcher=matcher), Engine([KNOWN], matcher=ReMatcher)
+    assert (fast.name, plain.name) == (matcher.name, "re")
     texts = [case.content for seed in (4, 11) for case in (*leaks(seed), *innocents(seed))]
     texts += [b"x " + form + b" y" for form in KNOWN.forms()]
     assert sum(len(list(fast.scan([text]))) for text in texts) > len(RULES)
@@ -32,17 +39,47 @@ def test_both_engines_find_the_same_on_every_planted_leak_and_look_alike():
         assert list(fast.scan([text])) == list(plain.scan([text]))
 
 
-@needs_re2
-def test_a_set_finds_what_stands_first_in_a_long_text_and_every_rule_that_matches_at_once():
+@pytest.mark.parametrize("matcher", FAST)
+def test_what_stands_first_in_a_long_text_is_found_and_every_rule_that_matches_at_once(matcher):
     everything = b"\n".join(rule.sample for rule in RULES)
     text = everything + b"\n" + b"lorem ipsum dolor\n" * 50_000
-    assert {hit.rule for hit in Engine().scan([text])} >= {rule.id for rule in RULES}
+    assert {hit.rule for hit in Engine(matcher=matcher).scan([text])} >= {rule.id for rule in RULES}
+
+
+@pytest.mark.parametrize("matcher", [*FAST, ReMatcher])
+def test_many_small_texts_are_silent_together_only_when_each_is(matcher):
+    engine = Engine([KNOWN], matcher=matcher)
+    small = [case.content for case in (*leaks(), *innocents()) if len(case.content) < PIECE_BYTES]
+    loud = [text for text in small if list(engine.scan([text]))]
+    silent = [text for text in small if engine.is_silent([text])]
+    assert len(loud) > len(RULES)
+    assert len(silent) > 20
+    assert engine.is_silent(silent)
+    for text in loud:
+        assert not engine.is_silent([*silent, text, *silent])
+
+
+def test_the_fastest_that_is_here_is_taken_and_an_unknown_processor_falls_back(monkeypatch):
+    if not (matchers.re2 and matchers.hyperscan):
+        pytest.skip("hyperscan and google-re2 are not installed")
+
+    class Refusing(matchers.HyperscanMatcher):
+        def __init__(self, *_):
+            raise matchers.hyperscan.ArchitectureError
+
+    assert Engine().name == "hyperscan+re2"
+    monkeypatch.setattr(matchers, "HyperscanMatcher", Refusing)
+    assert Engine().name == "re2"
+    monkeypatch.setattr(matchers, "hyperscan", None)
+    assert Engine().name == "re2"
+    monkeypatch.setattr(matchers, "re2", None)
+    assert Engine().name == "re"
 
 
 def test_a_keyword_is_in_every_text_that_its_pattern_matches():
     cases = [*leaks(), *innocents()]
     for rule in RULES:
-        pattern = engines.re.compile(rule.pattern)
+        pattern = re.compile(rule.pattern)
         for case in cases:
             if len(case.content) < 500_000 and rule.keywords and pattern.search(case.content):
                 assert any(word in case.content.lower() for word in rule.keywords), (rule.id, case.name)

@@ -105,13 +105,14 @@ def test_checksums_are_those_of_the_programs_that_make_the_tokens():
     assert tokens.base62_crc32(b"zQWBuTSOoRi4A9sp" + b"HcVY5ncnsDkxkJ") == b"0mLq17"
 
 
-def sops_file(body: str, recipients=(AGE,), extra: str = "") -> bytes:
+def sops_file(body: str, recipients=(AGE, "age1host"), extra: str = "") -> bytes:
     listed = "".join(f"        - recipient: {each}\n          enc: canary\n" for each in recipients)
     return f"{body}sops:\n    age:\n{listed}    mac: canary\n    version: 3.11.0\n{extra}".encode()
 
 
 ENC = "ENC[AES256_GCM,data:Y2FuYXJ5,iv:Y2FuYXJ5,tag:Y2FuYXJ5,type:str]"
 GOOD = f"token: {ENC}\n"
+BOTH = (AGE, "age1host")
 
 
 @pytest.mark.parametrize(
@@ -138,10 +139,12 @@ GOOD = f"token: {ENC}\n"
         ("hosts/alpha/token.yaml", sops_file(GOOD, extra="    encrypted_regex: ^x\n"), "secrets-foreign-rules"),
         ("hosts/alpha/token.yaml", sops_file(GOOD, extra="    unencrypted_suffix: _x\n"), "secrets-foreign-rules"),
         ("hosts/alpha/token.yaml", sops_file(GOOD, extra="    kms: [{arn: x}]\n"), "secrets-foreign-rules"),
-        ("hosts/alpha/token.yaml", sops_file(GOOD, ["age1host"]), None),
-        ("hosts/beta/token.yaml", sops_file(GOOD, ["age1host"]), "secrets-foreign-recipient"),
+        ("hosts/alpha/token.yaml", sops_file(GOOD, ["age1host"]), "secrets-missing-recipient"),
+        ("hosts/alpha/token.yaml", sops_file(GOOD, [AGE]), "secrets-missing-recipient"),
+        ("keys/hosts/alpha.agekey.yaml", sops_file(GOOD, [AGE]), None),
+        ("hosts/beta/token.yaml", sops_file(GOOD, [AGE, "age1host"]), "secrets-foreign-recipient"),
         ("keys/hosts/alpha.agekey.yaml", sops_file(GOOD, [AGE, "age1host"]), "secrets-foreign-recipient"),
-        ("hosts/alpha/token.yaml", sops_file(GOOD, [AGE, "age1stranger"]), "secrets-foreign-recipient"),
+        ("hosts/alpha/token.yaml", sops_file(GOOD, [*BOTH, "age1stranger"]), "secrets-foreign-recipient"),
         ("hosts/alpha/token.yaml", sops_file(GOOD, []), "secrets-foreign-recipient"),
     ],
 )

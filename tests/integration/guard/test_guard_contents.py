@@ -1,100 +1,21 @@
-"""The guard on real git repositories: what is committed is what is scanned, wherever it hides; and the hooks."""
+"""The guard on real git repositories: what is committed is what is scanned, wherever it hides."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from clawdlets_ops import age
-from clawdlets_ops.errors import CommandError, CommandTimeout, ToolMissingError
-from clawdlets_ops.guard import hooks, report
-from clawdlets_ops.guard.gitobjects import Repository
+from clawdlets_ops.guard import report
 from clawdlets_ops.guard.run import Request, run
-from clawdlets_ops.process import Command, LocalRunner
 from clawdlets_ops.sensitive import Secret
 from clawdlets_ops.sops import Sops, find_sops
 from tests.guard_corpus import Maker, innocents, leaks
+from tests.integration.guard.desk import ENVIRON, LARGE_BYTES, MAX_RSS_BYTES, RUNNER, Git, rules
 
 pytestmark = pytest.mark.integration
-
-ROOT = Path(__file__).parents[2]
-LARGE_BYTES = 200_000_000
-MAX_RSS_BYTES = 220_000_000
-ENVIRON = {
-    "PATH": os.environ["PATH"],
-    "HOME": "/nonexistent",
-    "GIT_CONFIG_GLOBAL": "/dev/null",
-    "GIT_CONFIG_SYSTEM": "/dev/null",
-    **{
-        f"GIT_{who}_{what}": f"canary{'@x.invalid' if what == 'EMAIL' else ''}"
-        for who in ("AUTHOR", "COMMITTER")
-        for what in ("NAME", "EMAIL")
-    },
-}
-RUNNER = LocalRunner(ENVIRON)
-PROGRAM = """#!{python}
-import os
-from clawdlets_ops import cli
-from clawdlets_ops.commands.guard import group
-if "guard" not in cli.clawdlets.commands:
-    cli.clawdlets.add_command(group(os.environ))
-cli.main()
-"""
-
-
-class Git:
-    """A repository of a test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self("init", "-q", "-b", "main")
-
-    def __call__(self, *words, ok=True, folder=None, **environ):
-        result = subprocess.run(
-            ["git", *words], cwd=folder or self.folder, env={**ENVIRON, **environ}, capture_output=True, text=True
-        )
-        assert not ok or result.returncode == 0, result.stderr
-        return result
-
-    def write(self, path, content, *, link=False):
-        target = self.folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if link:
-            target.symlink_to(os.fsdecode(content))
-        else:
-            target.write_bytes(content.encode() if isinstance(content, str) else content)
-        return target
-
-    def commit(self, path="README.md", content="x\n", message="m"):
-        self.write(path, content)
-        self("add", "-f", path)
-        self("commit", "-q", "-m", message)
-
-    def scan(self, scope, *paths, **more):
-        return run(Request(self.folder, scope, paths, **more), runner=RUNNER, environ={})
-
-
-@pytest.fixture
-def git(tmp_path):
-    return Git(tmp_path / "repo")
-
-
-@pytest.fixture
-def program(tmp_path):
-    path = tmp_path / "bin" / "clawdlets"
-    path.parent.mkdir()
-    path.write_text(PROGRAM.format(python=sys.executable))
-    path.chmod(0o755)
-    return path
-
-
-def rules(outcome):
-    return [leak.rule for leak in outcome.leaks if not leak.allowed]
 
 
 def test_the_table_of_planted_leaks_and_look_alikes_staged_tracked_and_in_history(git, capsys):
@@ -364,144 +285,3 @@ def test_an_allowance_is_tracked_reasoned_shown_and_missed_when_unused(git):
     git.write(".clawdlets-guard.toml", entry.replace("a trial", ""))
     git("add", ".")
     assert "allow-list" in rules(git.scan("tracked"))
-
-
-def repository(folder):
-    return Repository(RUNNER, folder, {})
-
-
-def test_hooks_stop_a_commit_and_a_push_from_any_directory(git, program, tmp_path):
-    git.commit("deep/er/README.md")
-    first = hooks.install(repository(git.folder), [str(program)], ".")
-    assert [change.done for change in first] == ["installed", "installed"]
-    again = hooks.install(repository(git.folder / "deep/er"), [str(program)], ".")
-    assert [change.done for change in again] == ["unchanged", "unchanged"]
-    deep = git.folder / "deep/er"
-    git.write("deep/er/a.txt", Maker().tailscale())
-    git("add", "-A")
-    refused = git("commit", "-m", "x", ok=False, folder=deep)
-    assert refused.returncode == 1
-    assert "tailscale-key" in refused.stdout + refused.stderr
-    git("commit", "-q", "-m", "x", "--no-verify")
-    bare = tmp_path / "bare.git"
-    git("init", "-q", "--bare", str(bare))
-    git("remote", "add", "origin", str(bare))
-    pushed = git("push", "-q", "origin", "main", ok=False, folder=deep)
-    assert pushed.returncode == 1
-    assert "tailscale-key" in pushed.stdout + pushed.stderr
-    git("reset", "-q", "--hard", "HEAD~1")
-    git("push", "-q", "origin", "main")
-    # a commit of named files has an index of its own, and that is the one which counts
-    git.write("clean.txt", "x\n")
-    git.write("dirty.txt", Maker().tailscale())
-    git("add", "-A")
-    git("commit", "-q", "-m", "only the clean one", "clean.txt")
-    assert git("commit", "-q", "-m", "the other", "dirty.txt", ok=False).returncode == 1
-    # a linked worktree shares the hooks
-    git("reset", "-q", "--hard")
-    git("worktree", "add", "-q", str(tmp_path / "tree"), "-b", "side")
-    (tmp_path / "tree" / "a.txt").write_text(Maker().tailscale())
-    git("add", "a.txt", folder=tmp_path / "tree")
-    assert git("commit", "-q", "-m", "x", ok=False, folder=tmp_path / "tree").returncode == 1
-    assert [change.done for change in hooks.remove(repository(tmp_path / "tree"))] == ["removed", "removed"]
-    assert not (git.folder / ".git/hooks/pre-commit").exists()
-
-
-def test_a_hook_that_was_there_runs_first_and_comes_back(git, program):
-    git("config", "core.hooksPath", "my hooks")
-    mine = git.write(
-        "my hooks/pre-commit", '#!/bin/sh\necho ran >> "$(git rev-parse --show-toplevel)/ran"\ntest ! -e stop\n'
-    )
-    mine.chmod(0o755)
-    before = mine.read_bytes()
-    hooks.install(repository(git.folder), [str(program)], ".")
-    hooks.install(repository(git.folder), [str(program)], ".")
-    assert mine.read_bytes() != before
-    git("add", "-A")
-    git("commit", "-q", "-m", "x")
-    assert (git.folder / "ran").read_text() == "ran\n"
-    git.write("stop", "")
-    assert git("commit", "-q", "--allow-empty", "-m", "x", ok=False).returncode == 1
-    (git.folder / "stop").unlink()
-    done = [change.done for change in hooks.remove(repository(git.folder))]
-    assert done == ["restored", "removed"]
-    assert mine.read_bytes() == before
-    assert mine.stat().st_mode & 0o777 == 0o755
-    assert [change.done for change in hooks.remove(repository(git.folder))] == ["absent", "absent"]
-    assert mine.read_bytes() == before
-
-
-def test_hooks_refuse_when_clawdlets_is_gone_and_where_they_would_hold_for_others(git, program, tmp_path):
-    git.write("a.txt", "x\n")
-    git("add", ".")
-    hooks.install(repository(git.folder), [str(tmp_path / "gone")], ".")
-    refused = git("commit", "-q", "-m", "x", ok=False, PATH="/usr/bin:/bin")
-    assert refused.returncode == 1
-    assert "nothing was scanned" in refused.stderr
-    elsewhere = tmp_path / "gitconfig"
-    elsewhere.write_text(f"[core]\n\thooksPath = {tmp_path}/all\n")
-    runner = LocalRunner({**ENVIRON, "HOME": str(tmp_path)})
-    (tmp_path / ".gitconfig").write_text(elsewhere.read_text())
-    with pytest.raises(Exception, match="for all repositories"):
-        hooks.install(Repository(runner, git.folder, {}), [str(program)], ".")
-    assert not (tmp_path / "all").exists()
-
-
-def test_a_program_is_read_while_it_writes_and_its_failure_is_not_lost():
-    with RUNNER.stream(Command(["cat"], why="echo", stdin=b"\xff\0canary" * 100_000)) as output:
-        assert output.read() == b"\xff\0canary" * 100_000
-    with RUNNER.stream(Command(["yes"], why="write without end")) as output:
-        assert output.read(4) == b"y\ny\n"
-    with (
-        pytest.raises(CommandError, match="said so"),
-        RUNNER.stream(Command(["sh", "-c", "echo said so >&2; exit 3"], why="fail")) as output,
-    ):
-        assert output.read() == b""
-    with pytest.raises(CommandTimeout), RUNNER.stream(Command(["sleep", "60"], why="hang", timeout_s=0.2)) as output:
-        assert output.read() == b""
-    with pytest.raises(ToolMissingError), RUNNER.stream(Command(["no-such-program"], why="x")):
-        pass
-
-
-def test_the_command_line_says_what_it_is_about(git, program):
-    git.write("a.txt", "x\n")
-    git("add", ".")
-
-    def guard(*words):
-        return subprocess.run(
-            [str(program), "guard", *words], cwd=git.folder, env=ENVIRON, capture_output=True, text=True
-        )
-
-    assert guard("scan").returncode == 0
-    assert guard("scan", "--staged", "--history").returncode == 2
-    git.write("b.txt", Maker().tailscale())
-    assert guard("scan", "a.txt").returncode == 0
-    assert guard("scan", "b.txt", "--format", "sarif").returncode == 1
-    assert json.loads(guard("scan", ".", "--format", "json").stdout)["leaks"][0]["path"] == "b.txt"
-    assert guard("--help").stdout.count("install") >= 1
-    assert "installed" in guard("install").stdout
-    assert "unchanged" in guard("install").stdout
-    assert "removed" in guard("install", "--remove").stdout
-    shutil.rmtree(git.folder / ".git")
-    assert guard("scan").returncode == 2
-    assert guard("scan", ".").returncode == 1
-
-
-def test_this_repository_scans_clean(tmp_path):
-    if not (ROOT / ".git").exists() or not shutil.which("git"):
-        pytest.skip("this is no checkout")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "-c", "-o", "--exclude-standard", "--deduplicate"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    copy = Git(tmp_path / "copy")
-    for name in filter(None, listed.stdout.split(b"\0")):
-        source = ROOT / os.fsdecode(name)
-        if source.is_file():
-            copy.write(os.fsdecode(name), source.read_bytes())
-    copy("add", "-f", ".")
-    outcome = copy.scan("tracked")
-    assert outcome.exit_code == 0, report.text(outcome)
-    assert outcome.items > 100
