@@ -15,9 +15,11 @@ from typing import Any
 
 import click
 
+from clawdlets_ops import workflow
+from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
-from clawdlets_ops.secrets import changes, observe, payload, store
+from clawdlets_ops.secrets import changes, edit, hostkeys, observe, payload, store, sync
 from clawdlets_ops.secrets.plan import MAX_VALUE_BYTES, read_value
 from clawdlets_ops.secrets.status import Row, State, exit_code
 from clawdlets_ops.secrets.vault import operator_identity
@@ -60,11 +62,20 @@ def secrets_init(project: Project, host: str, source: str | None) -> None:
         values = {}
     runner = LocalRunner(project.environ)
     made = store.init_host(project, host, values, runner=runner)
-    laid = payload.materialise(project, host, runner=runner)
+    record = payload.recorded(project.layout, host)
+    lives = record is not None and record.verified  # its private keys are not laid out again until it is installed anew
+    laid = (payload.prepare if lives else payload.materialise)(project, host, runner=runner)
     for verb, names in (("created", made.created), ("updated", made.updated), ("unchanged", made.unchanged)):
         for name in names:
             click.echo(f"{verb} {name}")
-    click.echo(f"{'built' if laid.changed else 'unchanged'} {project.layout.extra_files(host)}")
+    if lives:
+        click.echo(
+            f"{'changed' if laid.changed else 'unchanged'} payload {laid.digest[:12]} (built when it is installed)"
+        )
+        if made.changed:
+            click.echo(f"the host does not have it yet: clawdlets secrets sync {host}", err=True)
+    else:
+        click.echo(f"{'built' if laid.changed else 'unchanged'} {project.layout.extra_files(host)}")
 
 
 @secrets.command("status")
@@ -111,18 +122,54 @@ def secrets_set(project: Project, name: str, host: str) -> None:
     _print_outcome(changes.set_secret(project, host, name, value, runner=LocalRunner(project.environ)))
 
 
+@secrets.command("edit")
+@click.argument("name")
+@click.option("--host", required=True)
+@click.pass_context
+def secrets_edit(context: click.Context, name: str, host: str) -> None:
+    """Change a secret in your editor ($VISUAL, $EDITOR). Left as it is, no byte is written.
+
+    While you edit, the value is in clear in a private folder in memory (tmpfs), and nowhere when you are done.
+    """
+    environ = context.meta[ENVIRON]
+    project = load_project(context.obj, environ)
+
+    def again(fault: str) -> bool:
+        if not sys.stdin.isatty():
+            return False
+        click.echo(fault, err=True)
+        return click.confirm("Edit it again? Otherwise what you typed is discarded.", err=True)
+
+    made = edit.edit_secret(
+        project,
+        host,
+        name,
+        runner=LocalRunner(project.environ),
+        environ=environ,
+        again=again,
+        say=lambda line: click.echo(line, err=True),
+    )
+    if not made.changed:
+        click.echo(f"no change {', '.join(made.unchanged)}")
+    else:
+        _print_outcome(made)
+
+
 @secrets.command("rotate")
 @click.option("--data-keys", is_flag=True, help="Encrypt every file anew; the values stay.")
 @hosts_option
+@click.option("--host-key", default=None, metavar="HOST", help="A new age key for a running host.")
 @click.option("--operator", default=None, metavar="NAME")
 @click.option("--revoke", is_flag=True, help="With --operator: they read nothing any more.")
 @with_project
 def secrets_rotate(
-    project: Project, data_keys: bool, hosts: tuple[str, ...], operator: str | None, revoke: bool
+    project: Project, data_keys: bool, hosts: tuple[str, ...], host_key: str | None, operator: str | None, revoke: bool
 ) -> None:
     """Change keys. Cut off anywhere, it is finished by running it again."""
     runner = LocalRunner(project.environ)
-    if data_keys and not operator and not revoke:
+    if host_key and not (data_keys or hosts or operator or revoke):
+        _rotate_host_key(project, host_key)
+    elif data_keys and not operator and not revoke:
         _print_outcome(changes.rotate_data_keys(project, hosts, runner=runner))
     elif operator and revoke and not data_keys and not hosts:
         made = changes.revoke(project, operator, runner=runner)
@@ -134,7 +181,55 @@ def secrets_rotate(
                 err=True,
             )
     else:
-        raise click.UsageError("give --data-keys (with --host, if you like), or --operator NAME --revoke")
+        raise click.UsageError(
+            "give --data-keys (with --host, if you like), --host-key HOST, or --operator NAME --revoke"
+        )
+
+
+@secrets.command("sync")
+@click.argument("hosts", metavar="[HOST]...", nargs=-1)
+@with_project
+def secrets_sync(project: Project, hosts: tuple[str, ...]) -> None:
+    """Bring running hosts to the secrets that the repository has for them; all of the fleet when none is named.
+
+    A host that cannot be brought there does not keep the others from it; the exit status is then 1.
+    """
+    for host in hosts:
+        project.fleet.host(host)
+    tools = workflow.tools_for(project)
+    failed = False
+    for host in hosts or tuple(project.fleet.hosts):
+        try:
+            login = sync.connect(project, host, runner=tools.runner, cloud=tools.cloud)
+            with tools.journal.stage(host, "secrets") as say, login as link:
+                made = sync.sync(project, link, runner=tools.runner, say=say)
+        except ClawdletsError as error:
+            failed = True
+            click.echo(f"{host}: {error}", err=True)
+            continue
+        for step in made.plan.steps:
+            click.echo(f"{host}: {step}")
+        for unit in made.restarted:
+            click.echo(f"{host}: restarted {unit}")
+        click.echo(f"{host}: {'changed' if not made.plan.empty else 'unchanged'} {made}")
+    if failed:
+        sys.exit(1)
+
+
+def _rotate_host_key(project: Project, host: str) -> None:
+    project.fleet.host(host)
+    tools = workflow.tools_for(project)
+    login = sync.connect(project, host, runner=tools.runner, cloud=tools.cloud)
+    with tools.journal.stage(host, "secrets") as say, login as link:
+        made = hostkeys.rotate(project, link, runner=tools.runner, say=say)
+    for verb, names in (("created", made.created), ("updated", made.updated), ("removed", made.removed)):
+        for name in names:
+            click.echo(f"{verb} {name}")
+    for unit in made.restarted:
+        click.echo(f"restarted {unit}")
+    click.echo(f"{host} has the key {made.recipient}; commit secrets/")
+    if made.resumed:
+        click.echo("That finished a rotation that had been begun before; run it again for another new key.", err=True)
 
 
 @secrets.group("operator")

@@ -20,6 +20,7 @@ from clawdlets_ops.secrets.seen import Entry, Seen, load_seen
 from clawdlets_ops.secrets.vault import (
     declared_host,
     find_operator_identity,
+    host_readers,
     operators_of,
     raise_faults,
     read_all,
@@ -60,7 +61,7 @@ def plan_init(project: Project, host: str, values: Mapping[str, Secret], *, runn
     view.open([path for path in key_files if not view.settled(path, view.operators)])
     host_recipient, age_targets = made_or_kept(view, age_pair(view, need_files))
     _, ssh_targets = made_or_kept(view, ssh_pair(view))
-    readers = view.operators | {host_recipient}
+    readers = view.operators | host_readers(layout, host, host_recipient)
     view.open([path for path, need in need_files.items() if not _decided(view, path, need, values, readers)])
     secret_targets = secrets_of(view, need_files, values, readers, Mkpasswd(runner))
 

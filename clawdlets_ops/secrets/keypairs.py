@@ -20,6 +20,7 @@ from clawdlets_ops.secrets.vault import (
     declared_pin,
     host_recipient_file,
     identity_in,
+    next_host,
     single,
 )
 from clawdlets_ops.secrets.view import PUBLIC_FILE, Target, View
@@ -99,11 +100,10 @@ def kept(view: View, pair: KeyPair, *, anew: bool) -> tuple[str, list[Target]]:
         entry = known(view, pair.file)
         public = entry.public
     if pair.declared not in (None, public):
-        raise SecretsError(
-            f"is not the public half of {pair.file.name}",
-            where=str(pair.public_file),
-            fix="restore the one that is wrong from git",
-        )
+        fix = "restore the one that is wrong from git"
+        if next_host(view.layout, view.host) == public:
+            fix = f"a rotation was cut off here; finish it: clawdlets secrets rotate --host-key {view.host}"
+        raise SecretsError(f"is not the public half of {pair.file.name}", where=str(pair.public_file), fix=fix)
     return public, [view.kept(sealed, view.operators, entry, anew=anew), _public_target(pair, public)]
 
 

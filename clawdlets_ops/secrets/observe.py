@@ -18,6 +18,8 @@ from clawdlets_ops.secrets.vault import (
     Plaintext,
     declared_host,
     find_operator_identity,
+    host_readers,
+    next_host,
     open_all,
     operators_of,
     read_all,
@@ -46,6 +48,8 @@ def status(project: Project, hosts: Collection[str] = (), *, runner: Runner) -> 
     for host in project.fleet.hosts:
         if recipient := declared_host(project.layout, host):
             names[recipient] = f"host {host}"
+        if coming := next_host(project.layout, host):
+            names.setdefault(coming, f"host {host} (next key)")
     stale = [(host, _name(project.layout, path)) for host, path in unneeded(project, hosts) if path.suffix == ".yaml"]
     for _, path in unneeded(project, hosts):
         found, faults = read_all([path] if path.suffix == ".yaml" else [])
@@ -91,10 +95,10 @@ def unneeded(project: Project, hosts: Collection[str] = ()) -> list[tuple[str, P
         wanted = need_files(project, host) if host in project.fleet.hosts else {}
         found += [(host, path) for path in sorted(layout.host_secrets_dir(host).glob("*.yaml")) if path not in wanted]
     if not hosts:
-        keys = layout.host_age_key_file("any").parent
-        for suffix in KEY_SUFFIXES:
-            of_suffix = [(path.name.removesuffix(suffix), path) for path in sorted(keys.glob(f"*{suffix}"))]
-            found += [(host, path) for host, path in of_suffix if host not in project.fleet.hosts]
+        for folder in key_folders(layout):
+            for suffix in KEY_SUFFIXES:
+                of_suffix = [(path.name.removesuffix(suffix), path) for path in sorted(folder.glob(f"*{suffix}"))]
+                found += [(host, path) for host, path in of_suffix if host not in project.fleet.hosts]
     return found
 
 
@@ -106,6 +110,18 @@ def hosts_that_left(project: Project) -> list[str]:
         for path in folders
         if path.name not in project.fleet.hosts and path.is_dir() and not path.is_symlink()
     )
+
+
+def key_folders(layout: Layout) -> list[Path]:
+    """Where the hosts' keys are: present ones, and the next and the old ones of rotations."""
+    ways = (layout.host_age_public_key, layout.host_next_age_public_key, layout.host_old_age_public_key)
+    return [way("any").parent for way in ways]
+
+
+def payloads_that_left(project: Project) -> list[Path]:
+    """Install payloads, with private keys in clear, of hosts that are not in the fleet."""
+    found = project.layout.extra_files("any").parent.glob("*")
+    return sorted(path for path in found if path.name not in project.fleet.hosts and not path.name.startswith("."))
 
 
 def _identity_here(project: Project) -> Identity | None:
@@ -123,7 +139,7 @@ def _expected(view: View) -> list[Expected]:
         Expected(host, name, "host-key", "the host's identity", view.name(path), view.operators) for name, path in keys
     ]
     for path, need in need_files(view.project, host).items():
-        readers = view.operators | {recipient} if recipient else None
+        readers = view.operators | host_readers(layout, host, recipient) if recipient else None
         expected.append(Expected(host, need.name, need.kind, need.why, view.name(path), readers))
     return expected
 

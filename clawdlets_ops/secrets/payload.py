@@ -3,6 +3,9 @@
 nixos-anywhere packs it with tar and unpacks it as root:root, keeping the mode of every entry, folders included: a
 ``var`` of 0700 here would be a ``/var`` of 0700 there, and nothing repairs ``/etc``. Every mode is therefore exact,
 whatever the umask. Nothing of another host is in it.
+
+The tree holds the host's private keys in clear. It is there from just before an installation until the host has been
+verified; what it was made from, and came to, is remembered by digests without it (docs/adr/0007).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Literal
@@ -42,6 +45,7 @@ from clawdlets_ops.layout import (
 )
 from clawdlets_ops.process import Runner
 from clawdlets_ops.project import Project
+from clawdlets_ops.secrets.disk import remove_tree
 from clawdlets_ops.secrets.plan import Need, needs
 from clawdlets_ops.secrets.vault import (
     SSH_SECRET,
@@ -99,11 +103,34 @@ class PayloadInputs:
 
 @dataclass(frozen=True)
 class PayloadOutcome:
-    """``changed`` says whether the tree was written anew; ``digest`` is what install.json on the host will say."""
+    """``changed`` says whether anything was written; ``digest`` is what install.json on the host will say."""
 
     manifest: Manifest
     changed: bool
     digest: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the payload was made from and came to. ``digest`` is that of ``PayloadOutcome``, ``secret_set`` the digest of
+    the encrypted files and their wiring; ``verified``: an installation with it has been proved, no tree may be left."""
+
+    inputs: str
+    manifest: str
+    digest: str
+    secret_set: str
+    verified: bool = False
+
+
+def set_digest(wiring_text: str, files: Mapping[str, str]) -> str:
+    """One digest over what a host's folder of secrets holds; clawdlets-sync on the host makes the same of what lies there.
+
+    ``files`` maps each name to the encrypted text.
+    """
+    lines = [f"wiring\t{_sha256(wiring_text)}\n"]
+    mode = f"{secret_file_on_server('any', 'any').mode:04o}"
+    lines += [f"{name}\t{mode}\t{_sha256(text)}\n" for name, text in sorted(files.items())]
+    return _sha256("".join(lines))
 
 
 def wiring(host: str, needed: tuple[Need, ...]) -> str:
@@ -158,18 +185,75 @@ def materialise(project: Project, host: str, *, runner: Runner) -> PayloadOutcom
         sweep_temporaries(tree.parent)
         if (current := _current(project, host)) is not None:
             return PayloadOutcome(current, changed=False, digest=_marker_digest(tree))
-        needed = needs(host, project.fleet.host(host))
-        before = _inputs_digest(project, host)
-        files = _with_marker(host, needed, contents(host, needed, _read_inputs(project, host, needed, runner)))
-        manifest = _manifest(host, needed, files)
+        record, manifest, files = _make(project, host, runner)
         changed = observe(tree) != manifest
         if changed:
             building = tree.with_name(f".{host}.{token_hex(6)}.tmp")
             _build(building, manifest, files)
             swap_dir(building, tree)
-        ensure_dir(_record_file(layout, host).parent)
-        write_atomic(_record_file(layout, host), _record(before, manifest), mode=PRIVATE_FILE)
-    return PayloadOutcome(manifest, changed=changed, digest=_marker_digest(tree))
+        _write_record(layout, host, record)
+    return PayloadOutcome(manifest, changed=changed, digest=record.digest)
+
+
+def prepare(project: Project, host: str, *, runner: Runner) -> PayloadOutcome:
+    """Make sure that the payload can be built, and remember what it would be; a tree that is not that goes.
+
+    Nothing private is written. The outcome's manifest is empty when nothing had to be looked at.
+    """
+    layout = project.layout
+    tree = layout.extra_files(host)
+    with locked(layout.lock("secrets"), what="the project's secrets", wait_s=LOCK_WAIT_S):
+        record = recorded(layout, host)
+        if record is not None and is_prepared(project, host):
+            return PayloadOutcome(Manifest(()), changed=False, digest=record.digest)
+        made, manifest, _ = _make(project, host, runner)
+        if record is not None and record.verified:
+            made = replace(made, verified=True)
+        ensure_dir(layout.runtime)
+        if made.verified or observe(tree) != manifest:
+            _remove_tree(tree)
+        elif tree.parent.is_dir():
+            sweep_temporaries(tree.parent)
+        _write_record(layout, host, made)
+    return PayloadOutcome(manifest, changed=True, digest=made.digest)
+
+
+def is_prepared(project: Project, host: str) -> bool:
+    """Whether ``prepare`` would change nothing. Reads only, and starts no process."""
+    record = recorded(project.layout, host)
+    if record is None or record.inputs != _inputs_digest(project, host):
+        return False
+    tree = project.layout.extra_files(host)
+    if any(tree.parent.glob(f".{host}.*")):
+        return False  # what a removal that was cut off left
+    if not os.path.lexists(tree):
+        return True
+    manifest = None if record.verified else observe(tree)
+    return manifest is not None and manifest.digest == record.manifest
+
+
+def discard(project: Project, host: str) -> bool:
+    """Remove the tree of a host that has been installed and verified; returns whether there was one.
+
+    Cut off after the record has been written, the tree is removed by the next ``prepare`` or ``discard``.
+    """
+    layout = project.layout
+    tree = layout.extra_files(host)
+    with locked(layout.lock("secrets"), what="the project's secrets", wait_s=LOCK_WAIT_S):
+        record = recorded(layout, host)
+        if record is not None and not record.verified:
+            _write_record(layout, host, replace(record, verified=True))
+        return _remove_tree(tree)
+
+
+def recorded(layout: Layout, host: str) -> Record | None:
+    """What is remembered of the host's payload; None when nothing is, or nothing that can be trusted."""
+    try:
+        raw = json.loads(read_private(_record_file(layout, host)))
+        record = Record(**raw)
+        return record if all(isinstance(value, str | bool) for value in asdict(record).values()) else None
+    except (SettingsError, ValueError, TypeError):
+        return None
 
 
 def payload_is_current(project: Project, host: str) -> bool:
@@ -277,22 +361,46 @@ def _record_file(layout: Layout, host: str) -> Path:
     return layout.state_file(f"payload-{host}")
 
 
-def _record(inputs_digest: str, manifest: Manifest) -> str:
-    """What the tree was made from and what it came to: enough to see that neither has changed since."""
-    return json.dumps({"inputs": inputs_digest, "manifest": manifest.digest}) + "\n"
+def _write_record(layout: Layout, host: str, record: Record) -> None:
+    path = _record_file(layout, host)
+    ensure_dir(path.parent)
+    write_atomic(path, json.dumps(asdict(record)) + "\n", mode=PRIVATE_FILE)
+
+
+def _make(project: Project, host: str, runner: Runner) -> tuple[Record, Manifest, dict[str, bytes]]:
+    """What the payload is now, from what lies in the repository."""
+    needed = needs(host, project.fleet.host(host))
+    before = _inputs_digest(project, host)
+    inputs = _read_inputs(project, host, needed, runner)
+    files = _with_marker(host, needed, contents(host, needed, inputs))
+    manifest = _manifest(host, needed, files)
+    digest = str(json.loads(files[_relative(INSTALL_MARKER)])["payloadDigest"])
+    record = Record(before, manifest.digest, digest, set_digest(wiring(host, needed), inputs.encrypted))
+    return record, manifest, files
+
+
+def _remove_tree(tree: Path) -> bool:
+    """The tree is gone at once, and then its parts; a link in its place is removed, not followed."""
+    if tree.parent.is_dir():
+        sweep_temporaries(tree.parent)
+    if not os.path.lexists(tree):
+        return False
+    remove_tree(tree)
+    return True
 
 
 def _current(project: Project, host: str) -> Manifest | None:
-    """The tree as it is, if it is what would be built now; None otherwise."""
+    """The tree as it is, if it is what would be built now and may be there; None otherwise."""
     manifest = observe(project.layout.extra_files(host))
-    try:
-        if manifest and read_private(_record_file(project.layout, host)) == _record(
-            _inputs_digest(project, host), manifest
-        ):
-            return manifest
-    except (SettingsError, UnicodeDecodeError):
-        pass  # no record, or one that others could have written: look at everything again
-    return None
+    record = recorded(project.layout, host)
+    if manifest is None or record is None or record.verified:
+        return None
+    same = (record.inputs, record.manifest) == (_inputs_digest(project, host), manifest.digest)
+    return manifest if same else None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _marker_digest(tree: Path) -> str:

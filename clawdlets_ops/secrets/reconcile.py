@@ -21,18 +21,24 @@ from clawdlets_ops.files import PRIVATE_FILE
 from clawdlets_ops.mkpasswd import Mkpasswd
 from clawdlets_ops.process import Runner
 from clawdlets_ops.project import Project
+from clawdlets_ops.secrets import statekey
 from clawdlets_ops.secrets.init import check_values, operator_targets, secrets_of
 from clawdlets_ops.secrets.keypairs import KeyPair, age_pair, kept_if_any, ssh_pair
-from clawdlets_ops.secrets.observe import hosts_that_left, look, need_files, unneeded
+from clawdlets_ops.secrets.observe import hosts_that_left, look, need_files, payloads_that_left, unneeded
 from clawdlets_ops.secrets.plan import Need, input_names, needs, sops_config, value_fault
 from clawdlets_ops.secrets.seen import Entry
 from clawdlets_ops.secrets.vault import (
     OPERATOR_SUFFIX,
     declared_host,
     find_operator_identity,
+    host_readers,
+    open_all,
+    operator_identity,
     operators_of,
     raise_faults,
     read_all,
+    read_sealed,
+    refuse_undeclared,
     single,
 )
 from clawdlets_ops.secrets.view import PUBLIC_FILE, Plan, Record, Target, View
@@ -83,6 +89,11 @@ def plan_reconcile(
             records[host] = Record(layout.state_file(f"secrets-{host}"), view.seen)
         targets += of_host
         missing += [(host, need.name) for path, need in need_files(project, host).items() if path not in view.found]
+    if not hosts:
+        try:
+            targets += statekey.reconcile_targets(project, operators.values(), runner=runner, anew=anew)
+        except SecretsError as error:
+            faults.append(error)
     removals = [path for _, path in unneeded(project, hosts)]
     raise_faults([*faults, *_not_encrypted(removals)])
     if recipients or layout.sops_config.exists():
@@ -94,8 +105,14 @@ def plan_reconcile(
             set(layout.operator_recipients_dir.glob(f"*{OPERATOR_SUFFIX}")) - {target.path for target in public}
         )
     emptied = [] if hosts else [layout.host_secrets_dir(host) for host in hosts_that_left(project)]
+    trees = [] if hosts else payloads_that_left(project)
     return Plan(
-        tuple(targets), removals=tuple(removals), emptied=tuple(emptied), missing=tuple(missing), records=records
+        tuple(targets),
+        removals=tuple(removals),
+        emptied=tuple(emptied),
+        trees=tuple(trees),
+        missing=tuple(missing),
+        records=records,
     )
 
 
@@ -118,7 +135,7 @@ def plan_revoke(project: Project, name: str, *, runner: Runner) -> Plan:
         return replace(plan_reconcile(project, runner=runner, without=name), first=(public,))
     plan = plan_reconcile(project, runner=runner)
     near = difflib.get_close_matches(name, declared, n=1)
-    if near and not plan.removals and all(target.status() == "unchanged" for target in plan.targets):
+    if near and not plan.removals and not plan.trees and all(target.status() == "unchanged" for target in plan.targets):
         raise SecretsError(
             f"there is no operator {name!r}; did you mean {near[0]!r}?",
             where="operators",
@@ -130,6 +147,7 @@ def plan_revoke(project: Project, name: str, *, runner: Runner) -> Plan:
 def plan_set(project: Project, host: str, name: str, value: Secret, *, runner: Runner) -> Plan:
     """One secret of ``host`` with the new ``value``, for its readers; SecretsError when the value or the name is not
     acceptable or the host has no key yet, UnreadableError when the file is there and cannot be opened."""
+    refuse_undeclared(project, find_operator_identity(project))
     needed = needs(host, project.fleet.host(host))
     check_values(needed, {name: value}, host)
     need = input_names(needed)[name]
@@ -140,7 +158,7 @@ def plan_set(project: Project, host: str, name: str, value: Secret, *, runner: R
     recipient, key_targets = _pair(view, age_pair(view, need_files(project, host)))
     if recipient is None:
         raise SecretsError(f"the host {host!r} has no key yet", where=str(age_file), fix="run secrets init first")
-    readers = view.operators | {recipient}
+    readers = view.operators | host_readers(project.layout, host, recipient)
     entry = view.entry(path)
     if path in view.found and (entry is None or view.found[path].recipients != readers or name != need.name):
         view.open([path])
@@ -182,7 +200,8 @@ def _host(
         ssh_targets = [view.kept(ssh_file, view.operators, view.entry(ssh_file.path))]
     if recipient is None:
         return view, None, ssh_targets
-    readers = view.operators | {recipient}
+    targets += _next_key(view, anew=anew)
+    readers = view.operators | host_readers(project.layout, host, recipient)
     changing = [path for path in wanted if path in view.found and (anew or view.found[path].recipients != readers)]
     raise_faults(view.not_ours(changing))
     view.open(changing)
@@ -204,6 +223,18 @@ def _pair(view: View, pair: KeyPair, *, anew: bool = False) -> tuple[str | None,
         raise_faults(view.not_ours([pair.file]))
         view.open([pair.file])
     return kept_if_any(view, pair, anew=anew)
+
+
+def _next_key(view: View, *, anew: bool) -> list[Target]:
+    """The key that a rotation is bringing to the host, for the operators as its present one is."""
+    sealed = read_sealed(view.layout.host_next_age_key_file(view.host))
+    if sealed is None:
+        return []
+    if sealed.recipients == view.operators and not anew:
+        return [Target(sealed.path, PRIVATE_FILE, sealed.text)]
+    opened, faults = open_all(view.sops, [sealed], view.operator or operator_identity(view.project))
+    raise_faults(faults)
+    return [Target(sealed.path, PRIVATE_FILE, None, opened[sealed.path], view.operators)]
 
 
 def _entry(view: View, path: Path, need: Need) -> Entry | None:

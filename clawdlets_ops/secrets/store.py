@@ -25,12 +25,14 @@ from clawdlets_ops.process import Runner
 from clawdlets_ops.project import Project
 from clawdlets_ops.secrets.disk import Disk
 from clawdlets_ops.secrets.init import plan_init
+from clawdlets_ops.secrets.observe import key_folders
 from clawdlets_ops.secrets.plan import needs, parse_values, value_fault
 from clawdlets_ops.secrets.seen import Entry
 from clawdlets_ops.secrets.vault import (
     SOPS_AT_ONCE,
     SSH_SECRET,
     declared_host,
+    host_readers,
     host_ssh_pin,
     identity_in,
     open_all,
@@ -127,20 +129,20 @@ def change(
     whole files and temporary ones, which go before the plan is made.
     """
     layout, disk = project.layout, disk or Disk()
-    with locked(layout.lock("secrets"), what="the project's secrets", wait_s=LOCK_WAIT_S):
-        for folder in _every_folder(layout):
-            disk.sweep(folder)
-        plan = make_plan()
-        contents = _encrypted(plan.targets, Sops(runner, find_sops(runner)))
-        outcome = outcome_of(layout, plan)
-        try:
+    try:
+        with locked(layout.lock("secrets"), what="the project's secrets", wait_s=LOCK_WAIT_S):
+            for folder in _every_folder(layout):
+                disk.sweep(folder)
+            plan = make_plan()
+            contents = _encrypted(plan.targets, Sops(runner, find_sops(runner)))
+            outcome = outcome_of(layout, plan)
             _carry_out(layout, plan, contents, disk, [layout.root / name for name in folders])
-        except OSError as error:
-            raise SecretsError(
-                f"cannot be written: {error.strerror}; every file is whole, but not all are done",
-                where=str(error.filename or layout.root),
-                fix="put that right and run the same command again",
-            ) from error
+    except OSError as error:
+        raise SecretsError(
+            f"cannot be written: {error.strerror}; every file is whole, but not all are done",
+            where=str(error.filename or layout.root),
+            fix="put that right and run the same command again",
+        ) from error
     return outcome
 
 
@@ -160,6 +162,8 @@ def _carry_out(layout: Layout, plan: Plan, contents: list[str], disk: Disk, fold
         disk.remove(path)
     for path in plan.emptied:
         disk.remove_folder(path)
+    for path in plan.trees:
+        disk.remove_tree(path)
     for host, record in plan.records.items():
         disk.write(record.path, record.seen.to_json(entries[host]), mode=PRIVATE_FILE)
 
@@ -196,7 +200,9 @@ def check_host(project: Project, host: str, *, runner: Runner) -> None:
         if public and public != _collect(faults, lambda: host_ssh_pin(project, host)):
             faults.append(SecretsError("is not the key that the repository pins", where=str(ssh_file)))
     for path, sealed in found.items():
-        readers = operators | ({host_identity.recipient} if host_identity and path in need_files else set())
+        readers = operators
+        if host_identity and path in need_files:
+            readers = operators | host_readers(layout, host, host_identity.recipient)
         if sealed.recipients != readers and (host_identity or path not in need_files):
             odd = ", ".join(sorted(sealed.recipients ^ readers))
             fault = f"is not encrypted to exactly the declared recipients; too many or missing: {odd}"
@@ -228,8 +234,8 @@ def _collect(faults: list[SecretsError], attempt: Callable[[], T]) -> T | None:
 def _every_folder(layout: Layout) -> list[Path]:
     """Every folder of ours in which an interrupted run may have left something."""
     hosts = layout.host_secrets_dir("any").parent
-    fixed = [layout.secrets_dir, layout.operator_recipients_dir, layout.host_age_key_file("any").parent]
-    fixed += [layout.operator_key("any").parent, layout.state_file("any").parent]
+    fixed = [layout.secrets_dir, layout.operator_recipients_dir, *key_folders(layout)]
+    fixed += [layout.operator_key("any").parent, layout.state_file("any").parent, layout.extra_files("any").parent]
     return [folder for folder in [*fixed, *sorted(hosts.glob("*"))] if folder.is_dir() and not folder.is_symlink()]
 
 
@@ -275,7 +281,7 @@ def outcome_of(layout: Layout, plan: Plan) -> Outcome:
         created=tuple(by_status["created"]),
         updated=tuple(by_status["updated"]),
         unchanged=tuple(by_status["unchanged"]),
-        removed=tuple(_name(layout, path) for path in (*plan.first, *plan.removals)),
+        removed=tuple(_name(layout, path) for path in (*plan.first, *plan.removals, *plan.trees)),
         stale=tuple(_name(layout, path) for path in plan.stale),
         missing=tuple(f"{host}/{name}" for host, name in plan.missing),
     )

