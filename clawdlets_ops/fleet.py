@@ -36,11 +36,22 @@ DomainName = Annotated[
     str, StringConstraints(pattern=r"^\.?(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$")
 ]
 
+ResourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
+VolumeName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?$")]
+# docs.hetzner.cloud, "Labels": an optional DNS prefix, then at most 63 characters; the same for a value, which may be empty.
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+LabelKey = Annotated[str, StringConstraints(pattern=rf"^(?:[a-z0-9.-]{{1,253}}/)?{_LABEL}$")]
+LabelValue = Annotated[str, StringConstraints(pattern=rf"^(?:{_LABEL})?$")]
+RESERVED_LABELS = ("managed-by", "clawdlets-host")
+
 # [user@]address of the tailnet; it never begins with a dash, which a program could take for an option.
 TARGET_HOST = r"^(?:[a-z_][a-z0-9_-]*@)?[A-Za-z0-9][A-Za-z0-9.:-]*$"
 
 # Bech32 of 32 bytes after the prefix; its checksum is looked at where the key is used.
 AGE_RECIPIENT = r"age1[02-9ac-hj-np-z]{58}"
+
+HttpAddress = Annotated[str, StringConstraints(pattern=r"^https?://[A-Za-z0-9.\[\]:-]+(?:/[A-Za-z0-9/_.-]*)?$")]
+"""Without credentials: a user name or password in it is refused, as the file is public."""
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -66,12 +77,53 @@ class _Model(BaseModel):
     )
 
 
-class Hetzner(_Model):
-    """What to order. ``image`` is only the system that the installation starts from."""
+class Volume(_Model):
+    """A volume that stays when the server is replaced. It can grow, never shrink; ``format`` counts at creation only."""
 
-    server_type: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]+$")] = "cx23"
-    location: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]+$")] = "nbg1"
+    size_gb: Annotated[int, Field(ge=10, le=10240)] = 10
+    format: Literal["ext4", "xfs"] = "ext4"
+
+
+class Hetzner(_Model):
+    """What to order. ``image`` is only the system that the installation starts from.
+
+    ``serverTypeFallbacks`` are taken, in this order, when ``serverType`` is not to be had in the location; a server
+    that exists keeps its type. ``reservedIps`` orders addresses that stay when the server is replaced.
+    ``placementGroup`` keeps the hosts that name the same one on different machines.
+    """
+
+    server_type: ResourceName = "cx23"
+    server_type_fallbacks: tuple[ResourceName, ...] = ()
+    location: ResourceName = "nbg1"
     image: Annotated[str, StringConstraints(pattern=r"^[a-z0-9.-]+$")] = "debian-12"
+    ipv4: bool = True
+    ipv6: bool = True
+    reserved_ips: bool = False
+    placement_group: ResourceName | None = None
+    volumes: dict[VolumeName, Volume] = Field(default_factory=dict)
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
+    delete_protection: bool = True
+
+    @field_validator("labels")
+    @classmethod
+    def _not_our_own(cls, values: dict[str, str]) -> dict[str, str]:
+        for name in values:
+            if name in RESERVED_LABELS or "hetzner.cloud/" in name:
+                raise ValueError(f"the label {name} is set by clawdlets or Hetzner, and is not to be declared")
+        return values
+
+    @model_validator(mode="after")
+    def _has_an_address(self) -> Hetzner:
+        if not (self.ipv4 or self.ipv6):
+            raise ValueError("with neither ipv4 nor ipv6 nobody could reach the host to install it")
+        if self.server_type in self.server_type_fallbacks:
+            raise ValueError(f"serverTypeFallbacks repeat serverType ({self.server_type})")
+        return self
+
+    @property
+    def server_types(self) -> tuple[str, ...]:
+        """The acceptable types, the wanted one first."""
+        return (self.server_type, *self.server_type_fallbacks)
 
 
 class Provisioning(_Model):
@@ -200,12 +252,48 @@ class Operator(_Model):
         return value
 
 
+class LocalState(_Model):
+    """OpenTofu's state in this checkout's runtime dir; for one operator, or several on one machine."""
+
+    backend: Literal["local"] = "local"
+
+
+class S3State(_Model):
+    """OpenTofu's state in a bucket, with lock files. Credentials come from ``AWS_ACCESS_KEY_ID``,
+    ``AWS_SECRET_ACCESS_KEY`` and ``AWS_SESSION_TOKEN``. ``endpoint`` is for what only speaks like S3."""
+
+    backend: Literal["s3"]
+    bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")]
+    region: ResourceName = "us-east-1"
+    prefix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9/_-]*$")] = "clawdlets"
+    endpoint: HttpAddress | None = None
+
+
+class PgState(_Model):
+    """OpenTofu's state in PostgreSQL, one schema per host, locked by advisory locks. Where it is and the credentials come
+    from ``PG_CONN_STR``, or from PGHOST, PGUSER, PGPASSWORD and their like."""
+
+    backend: Literal["pg"]
+    schema_prefix: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,30}$")] = "clawdlets"
+
+
+class HttpState(_Model):
+    """OpenTofu's state behind HTTP: ``<address>/<host>`` is read and written, ``<address>/<host>/lock`` takes LOCK and
+    UNLOCK. Credentials come from ``TF_HTTP_USERNAME`` and ``TF_HTTP_PASSWORD``."""
+
+    backend: Literal["http"]
+    address: HttpAddress
+
+
 class Fleet(_Model):
     """The whole file. ``operators``, when given, is the whole truth of who reads secrets besides the hosts; without it,
-    every public key under ``secrets/keys/operators`` is a reader."""
+    every public key under ``secrets/keys/operators`` is a reader. ``state`` is where OpenTofu's state lies."""
 
     schema_version: Literal[1]
     hosts: Annotated[dict[HostName, Host], Field(min_length=1)]
+    state: Annotated[LocalState | S3State | PgState | HttpState, Field(discriminator="backend")] = Field(
+        default_factory=LocalState
+    )
     operators: dict[OperatorName, Operator] = Field(default_factory=dict)
 
     @field_validator("operators")

@@ -6,96 +6,68 @@ The only importer of ``hcloud``. Facts about the API: docs.hetzner.cloud.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import ipaddress
+import math
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
 
 import hcloud
 import requests
 from hcloud.actions import ActionException
 
+from clawdlets_ops.cloud import (
+    HOST_LABEL,
+    MANAGED_BY,
+    MANAGER,
+    OURS,
+    Budget,
+    Firewall,
+    FirewallRule,
+    Labelled,
+    Offer,
+    PlacementGroup,
+    PrimaryIp,
+    Server,
+    SshKey,
+    Volume,
+    fingerprint_md5,
+    is_ours,
+)
 from clawdlets_ops.errors import CloudError, SettingsError
 from clawdlets_ops.sensitive import Redactor, Secret
 
+__all__ = [
+    "HOST_LABEL",
+    "MANAGED_BY",
+    "MANAGER",
+    "OURS",
+    "Budget",
+    "Cloud",
+    "Firewall",
+    "FirewallRule",
+    "HetznerCloud",
+    "Labelled",
+    "Offer",
+    "PlacementGroup",
+    "PrimaryIp",
+    "Server",
+    "SshKey",
+    "Volume",
+    "fingerprint_md5",
+    "is_ours",
+]
+
 REQUEST_TIMEOUT_S = 30.0
 REBUILD_POLLS = 600
-MANAGED_BY = "managed-by"
-MANAGER = "clawdlets"
-HOST_LABEL = "clawdlets-host"
+REMEMBER_S = 300.0
+BUDGET_ROUNDS = 3
+BUDGET_PAUSE_S = 20.0
+KINDS = ("servers", "volumes", "primary_ips", "firewalls", "placement_groups", "ssh_keys")
+READ_ONLY = ("token_readonly", "forbidden", 403)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, order=True)
-class FirewallRule:
-    """One rule of a cloud firewall. ``networks`` are canonical CIDRs: sources of an ``in`` rule, targets of an ``out`` one."""
-
-    direction: str
-    protocol: str
-    port: str | None
-    networks: tuple[str, ...]
-    description: str = field(default="", compare=False)
-
-    def __str__(self) -> str:
-        return f"{self.direction} {self.protocol}{'/' + self.port if self.port else ''} {', '.join(self.networks)}"
-
-    def covers_tcp(self, port: int) -> bool:
-        """Whether this rule lets tcp/``port`` in from anywhere at all."""
-        if self.direction != "in" or self.protocol != "tcp":
-            return False
-        if self.port in (None, "any"):
-            return True
-        first, _, last = str(self.port).partition("-")
-        return int(first) <= port <= int(last or first)
-
-
-@dataclass(frozen=True)
-class Firewall:
-    """A cloud firewall as the API shows it."""
-
-    id: int
-    name: str
-    labels: Mapping[str, str]
-    rules: tuple[FirewallRule, ...]
-
-    @property
-    def ssh_is_open(self) -> bool:
-        """Whether tcp/22 is let in from anywhere at all."""
-        return any(rule.covers_tcp(22) for rule in self.rules)
-
-
-@dataclass(frozen=True)
-class Server:
-    """A server as the API shows it. ``firewalls`` maps each attached firewall's id to its status (applied, pending)."""
-
-    id: int
-    name: str
-    status: str
-    labels: Mapping[str, str]
-    server_type: str
-    location: str
-    ipv4: str | None
-    ipv6: str | None
-    firewalls: Mapping[int, str]
-
-    @property
-    def addresses(self) -> dict[int, str]:
-        """The public addresses by family."""
-        pairs = ((4, self.ipv4), (6, self.ipv6))
-        return {family: address for family, address in pairs if address}
-
-
-@dataclass(frozen=True)
-class SshKey:
-    """An SSH public key stored in the project."""
-
-    id: int
-    name: str
-    labels: Mapping[str, str]
-    fingerprint: str
 
 
 class Cloud(Protocol):
@@ -113,28 +85,52 @@ class Cloud(Protocol):
         """The key with this MD5 fingerprint, or None."""
         ...
 
+    def volumes(self) -> tuple[Volume, ...]:
+        """Every volume of the project."""
+        ...
+
+    def primary_ips(self) -> tuple[PrimaryIp, ...]:
+        """Every primary IP of the project."""
+        ...
+
+    def placement_group(self, name: str) -> PlacementGroup | None:
+        """The placement group called ``name``, or None."""
+        ...
+
+    def offers(self) -> tuple[Offer, ...]:
+        """Every server type, with where it can be ordered now."""
+        ...
+
+    def has_image(self, name: str, architecture: str) -> bool:
+        """Whether there is a system image of this name for this architecture (x86, arm)."""
+        ...
+
+    def may_write(self) -> bool:
+        """Whether the token may change things; asked without changing anything."""
+        ...
+
+    def labelled(self, labels: Mapping[str, str]) -> tuple[Labelled, ...]:
+        """Everything in the project, of the kinds that we make, that has all these labels."""
+        ...
+
     def rebuild(self, server: Server, image: str) -> None:
         """Overwrite the server's disk with ``image`` and wait until that is done."""
         ...
 
 
-def fingerprint_md5(public_key: str) -> str:
-    """The fingerprint that the API knows a key by: MD5 over the key's body, colon-separated hex."""
-    body = base64.b64decode(public_key.split()[1])
-    digest = hashlib.md5(body, usedforsecurity=False).hexdigest()
-    return ":".join(digest[i : i + 2] for i in range(0, len(digest), 2))
-
-
-def is_ours(labels: Mapping[str, str], host: str) -> bool:
-    """Whether labels say that this project made the thing for ``host``."""
-    return labels.get(MANAGED_BY) == MANAGER and labels.get(HOST_LABEL) == host
-
-
 class HetznerCloud:
     """Reads through python-hcloud. CloudError for every refusal, with the API's code and correlation id."""
 
-    def __init__(self, token: Secret, endpoint: str, *, poll_interval_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        token: Secret,
+        endpoint: str,
+        *,
+        poll_interval_s: float = 1.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._endpoint = endpoint
+        self._sleep = sleep
         self._redactor = Redactor([token])
         self._client = hcloud.Client(
             token=token.reveal(),
@@ -143,6 +139,16 @@ class HetznerCloud:
             poll_interval=poll_interval_s,
             timeout=REQUEST_TIMEOUT_S,
         )
+        self.budget: Budget | None = None
+        self._client._client._session.hooks["response"].append(self._note_budget)
+
+    def _note_budget(self, response: requests.Response, *_: Any, **__: Any) -> None:
+        """Read the ``RateLimit-*`` headers, of a refusal too."""
+        said = [response.headers.get(f"RateLimit-{name}", "") for name in ("Limit", "Remaining", "Reset")]
+        if all(text.isascii() and text.isdigit() for text in said):
+            limit, remaining, reset = map(int, said)
+            self.budget = Budget(limit, remaining, reset)
+        self._remembered: dict[str, tuple[float, Any]] = {}
 
     def server(self, name: str) -> Server | None:
         """The server called ``name``, or None; one request."""
@@ -157,9 +163,75 @@ class HetznerCloud:
     def ssh_key(self, fingerprint: str) -> SshKey | None:
         """The key with this MD5 fingerprint, or None; one request."""
         found = self._ask("SSH key", lambda: self._client.ssh_keys.get_by_fingerprint(fingerprint))
-        if not found:
-            return None
-        return SshKey(int(found.id or 0), found.name or "", dict(found.labels or {}), found.fingerprint or "")
+        return _ssh_key(found) if found else None
+
+    def managed_servers(self) -> tuple[Server, ...]:
+        """Every server with our label; one request for each 50."""
+        found = self._ask("servers", lambda: self._client.servers.get_all(label_selector=OURS))
+        return tuple(_server(one) for one in found)
+
+    def managed_firewalls(self) -> tuple[Firewall, ...]:
+        """Every firewall with our label; one request for each 50."""
+        found = self._ask("firewalls", lambda: self._client.firewalls.get_all(label_selector=OURS))
+        return tuple(_firewall(one) for one in found)
+
+    def managed_placement_groups(self) -> tuple[PlacementGroup, ...]:
+        """Every placement group with our label; one request for each 50."""
+        found = self._ask("placement groups", lambda: self._client.placement_groups.get_all(label_selector=OURS))
+        return tuple(_placement_group(one) for one in found)
+
+    def volumes(self) -> tuple[Volume, ...]:
+        """Every volume of the project; one request for each 50."""
+        return tuple(_volume(found) for found in self._ask("volumes", self._client.volumes.get_all))
+
+    def primary_ips(self) -> tuple[PrimaryIp, ...]:
+        """Every primary IP of the project; one request for each 50."""
+        return tuple(_primary_ip(found) for found in self._ask("primary IPs", self._client.primary_ips.get_all))
+
+    def placement_group(self, name: str) -> PlacementGroup | None:
+        """The placement group called ``name``, or None; one request."""
+        found = self._ask(f"placement group {name}", lambda: self._client.placement_groups.get_by_name(name))
+        return _placement_group(found) if found else None
+
+    def offers(self) -> tuple[Offer, ...]:
+        """Every server type, with where it can be ordered now; one request for each 50."""
+        return self._lately(
+            "offers", lambda: tuple(map(_offer, self._ask("server types", self._client.server_types.get_all)))
+        )
+
+    def has_image(self, name: str, architecture: str) -> bool:
+        """Whether there is a system image of this name for this architecture; one request."""
+        what = f"image {name} for {architecture}"
+        ask = partial(self._client.images.get_by_name_and_architecture, name, architecture)
+        return self._lately(what, lambda: self._ask(what, ask) is not None)
+
+    def may_write(self) -> bool:
+        """Whether the token may change things: an empty change of a key that cannot exist (id 0) is refused for its id
+        when it may, and for the token when it may not. One request; nothing can be changed by it."""
+
+        def ask() -> bool:
+            try:
+                self._client._client.request(method="PUT", url="/ssh_keys/0", json={})
+            except hcloud.APIException as error:
+                if error.code in READ_ONLY:
+                    return False
+                if error.code not in ("not_found", "invalid_input", 404):
+                    raise
+            return True
+
+        return self._lately("may write", lambda: self._ask("the token's permission", ask))
+
+    def labelled(self, labels: Mapping[str, str]) -> tuple[Labelled, ...]:
+        """Everything of the kinds that we make that has all these labels; one request for each kind."""
+        selector = ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
+        found: list[Labelled] = []
+        for kind in KINDS:
+            found += self._ask(kind, partial(self._labelled, kind, selector))
+        return tuple(found)
+
+    def _labelled(self, kind: str, selector: str) -> list[Labelled]:
+        listed: list[Any] = getattr(self._client, kind).get_all(label_selector=selector)
+        return [Labelled(kind, int(one.id), one.name or "") for one in listed]
 
     def rebuild(self, server: Server, image: str) -> None:
         """Overwrite the server's disk with ``image`` (its name) and wait until that is done; never tried twice here."""
@@ -170,16 +242,40 @@ class HetznerCloud:
             found = self._client.images.get_by_name_and_architecture(image, architecture or "x86")
             if found is None:
                 raise CloudError(f"there is no image {image!r}", where=f"hosts.{server.name}.hetzner.image")
+            protected = _has(bound, "rebuild")
+            if protected:  # the operator has named this host to be wiped; the next provision protects it anyway
+                bound.change_protection(delete=False, rebuild=False).wait_until_finished()
             bound.rebuild(image=found).action.wait_until_finished(max_retries=REBUILD_POLLS)
+            if protected:
+                bound.change_protection(delete=True, rebuild=True).wait_until_finished()
 
         try:
             self._ask(f"server {server.name} (rebuild)", call)
         except ActionException as error:
             raise CloudError(f"the rebuild did not succeed: {error}", where=server.name) from error
 
+    def _lately(self, what: str, ask: Callable[[], T]) -> T:
+        """What was asked less than REMEMBER_S ago is not asked again: for what is the same for every host."""
+        at, answer = self._remembered.get(what, (-math.inf, None))
+        if time.monotonic() - at >= REMEMBER_S:
+            answer = ask()
+            self._remembered[what] = (time.monotonic(), answer)
+        return cast(T, answer)
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """What the API refuses for its budget it has not begun: python-hcloud asks five times, and we some rounds of it."""
+        for _ in range(BUDGET_ROUNDS - 1):
+            try:
+                return call()
+            except hcloud.APIException as error:
+                if error.code != "rate_limit_exceeded":
+                    raise
+            self._sleep(BUDGET_PAUSE_S)
+        return call()
+
     def _ask(self, what: str, call: Callable[[], T]) -> T:
         try:
-            return call()
+            return self._patiently(call)
         except hcloud.APIException as error:
             if error.code in ("unauthorized", 401):
                 raise SettingsError(
@@ -187,6 +283,12 @@ class HetznerCloud:
                     where="HCLOUD_TOKEN",
                     fix="make a token with read and write permission in the project's console, and put it in place",
                 ) from None
+            if error.code == "rate_limit_exceeded":
+                raise CloudError(
+                    f"{what}: the project's request budget (3600 an hour) is used up",
+                    where=self._endpoint,
+                    fix="wait some minutes and run again; nothing was changed by this request",
+                ) from error
             code = f"{error.code}, correlation id {error.correlation_id}" if error.correlation_id else str(error.code)
             raise CloudError(f"{what}: {error.message} ({code})", where=self._endpoint) from error
         except requests.exceptions.RequestException as error:
@@ -212,7 +314,55 @@ def _server(found: Any) -> Server:
         ipv4=public.ipv4.ip if public and public.ipv4 else None,
         ipv6=ipv6,
         firewalls={part.firewall.id: part.status for part in (public.firewalls if public else ())},
+        protected=_has(found, "delete") and _has(found, "rebuild"),
+        volumes=frozenset(int(volume.id) for volume in found.volumes or ()),
+        primary_ips={
+            family: int(address.id)
+            for family, address in (("ipv4", public and public.primary_ipv4), ("ipv6", public and public.primary_ipv6))
+            if address
+        },
+        placement_group=int(found.placement_group.id) if found.placement_group else None,
+        image=found.image.name if found.image else None,
     )
+
+
+def _has(found: Any, protection: str) -> bool:
+    return bool((found.protection or {}).get(protection))
+
+
+def _ssh_key(found: Any) -> SshKey:
+    return SshKey(
+        int(found.id or 0), found.name or "", dict(found.labels or {}), found.fingerprint or "", found.public_key or ""
+    )
+
+
+def _placement_group(found: Any) -> PlacementGroup:
+    members = frozenset(int(member) for member in found.servers or ())
+    return PlacementGroup(int(found.id or 0), found.name or "", dict(found.labels or {}), members)
+
+
+def _volume(found: Any) -> Volume:
+    attached = int(found.server.id) if found.server else None
+    return Volume(int(found.id), found.name, dict(found.labels or {}), int(found.size), attached, _has(found, "delete"))
+
+
+def _primary_ip(found: Any) -> PrimaryIp:
+    return PrimaryIp(
+        id=int(found.id),
+        name=found.name,
+        labels=dict(found.labels or {}),
+        family=found.type,
+        server=int(found.assignee_id) if found.assignee_id else None,
+        auto_delete=bool(found.auto_delete),
+        protected=_has(found, "delete"),
+    )
+
+
+def _offer(found: Any) -> Offer:
+    """``available`` is of each location since April 2026; one that is deprecated there takes no new orders."""
+    here = [place for place in found.locations or () if place.deprecation is None]
+    places = frozenset(place.location.name for place in here if getattr(place, "available", None) is not False)
+    return Offer(found.name, found.architecture, places)
 
 
 def _firewall(found: Any) -> Firewall:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from clawdlets_ops.errors import ToolMissingError
-from clawdlets_ops.hetzner import Firewall, Server, SshKey
+from clawdlets_ops.hetzner import Firewall, Labelled, Offer, PlacementGroup, PrimaryIp, Server, SshKey, Volume
 from clawdlets_ops.process import Command, Result
 from clawdlets_ops.sensitive import Secret
 
@@ -55,11 +55,16 @@ class FakeRunner:
 
 @dataclass
 class FakeCloud:
-    """The API's reads from three lists."""
+    """The API's reads from lists."""
 
     servers: list[Server] = field(default_factory=list)
     firewalls: list[Firewall] = field(default_factory=list)
     ssh_keys: list[SshKey] = field(default_factory=list)
+    volume_list: list[Volume] = field(default_factory=list)
+    primary_ip_list: list[PrimaryIp] = field(default_factory=list)
+    placement_groups: list[PlacementGroup] = field(default_factory=list)
+    offer_list: list[Offer] = field(default_factory=list)
+    writable: bool = True
     rebuilt: list[tuple[str, str]] = field(default_factory=list)
 
     def server(self, name: str) -> Server | None:
@@ -73,6 +78,47 @@ class FakeCloud:
     def ssh_key(self, fingerprint: str) -> SshKey | None:
         """By MD5 fingerprint."""
         return next((key for key in self.ssh_keys if key.fingerprint == fingerprint), None)
+
+    def volumes(self) -> tuple[Volume, ...]:
+        """All of them."""
+        return tuple(self.volume_list)
+
+    def primary_ips(self) -> tuple[PrimaryIp, ...]:
+        """All of them."""
+        return tuple(self.primary_ip_list)
+
+    def placement_group(self, name: str) -> PlacementGroup | None:
+        """By name."""
+        return next((group for group in self.placement_groups if group.name == name), None)
+
+    def offers(self) -> tuple[Offer, ...]:
+        """All of them."""
+        return tuple(self.offer_list)
+
+    def has_image(self, name: str, architecture: str) -> bool:
+        """Every Debian there is."""
+        return name.startswith("debian-") and architecture in ("x86", "arm")
+
+    def may_write(self) -> bool:
+        """As ``writable`` says."""
+        return self.writable
+
+    def labelled(self, labels: Mapping[str, str]) -> tuple[Labelled, ...]:
+        """Whatever in the lists has all these labels."""
+        kinds: dict[str, Sequence[Server | Firewall | SshKey | Volume | PrimaryIp | PlacementGroup]] = {
+            "servers": self.servers,
+            "volumes": self.volume_list,
+            "primary_ips": self.primary_ip_list,
+            "firewalls": self.firewalls,
+            "placement_groups": self.placement_groups,
+            "ssh_keys": self.ssh_keys,
+        }
+        return tuple(
+            Labelled(kind, one.id, one.name)
+            for kind, ones in kinds.items()
+            for one in ones
+            if labels.items() <= dict(one.labels).items()
+        )
 
     def rebuild(self, server: Server, image: str) -> None:
         """Only remembered, in ``rebuilt``."""

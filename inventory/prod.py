@@ -5,4 +5,4 @@ from pathlib import Path
 
 from clawdlets_ops.pyinfra_plugin.inventory import fleet_hosts
 
-hosts = fleet_hosts(Path(__file__).parents[1], os.environ, lab=False)
+hosts = fleet_hosts(Path(__file__).parents[1], os.environ)

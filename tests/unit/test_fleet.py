@@ -56,6 +56,15 @@ def test_defaults_are_the_safe_ones() -> None:
         ({"secrets": {"token": {"mode": "0644"}}}, "hosts.alpha.secrets.token.mode"),
         ({"targetHost": "-oProxyCommand=x"}, "hosts.alpha.targetHost"),
         ({"tailnet": {"allowUdpIngress": "yes"}}, "hosts.alpha.tailnet.allowUdpIngress"),
+        ({"hetzner": {"ipv4": False, "ipv6": False}}, "nobody could reach the host"),
+        ({"hetzner": {"labels": {"managed-by": "me"}}}, "is set by clawdlets or Hetzner"),
+        ({"hetzner": {"labels": {"hetzner.cloud/x": "me"}}}, "is set by clawdlets or Hetzner"),
+        ({"hetzner": {"labels": {"two words": "x"}}}, "hosts.alpha.hetzner.labels.two words"),
+        ({"hetzner": {"labels": {"team": "-x"}}}, "hosts.alpha.hetzner.labels.team"),
+        ({"hetzner": {"volumes": {"data": {"sizeGb": 9}}}}, "hosts.alpha.hetzner.volumes.data.sizeGb"),
+        ({"hetzner": {"volumes": {"Data": {}}}}, "hosts.alpha.hetzner.volumes.Data"),
+        ({"hetzner": {"volumes": {"data": {"size": 10}}}}, "volumes.data.size: unknown key; did you mean 'sizeGb'?"),
+        ({"hetzner": {"serverType": "cx23", "serverTypeFallbacks": ["cx23"]}}, "repeat serverType"),
     ],
 )
 def test_a_wrong_host_is_refused_with_its_key_path(host: dict[str, Any], said: str) -> None:
@@ -104,6 +113,12 @@ def test_ordinary_networks_are_not_the_world() -> None:
         ('{"schemaVersion": 2, "hosts": {"alpha": {}}}', "schemaVersion"),
         ('{"schemaVersion": 1, "hosts": {}}', "hosts"),
         ('{"schemaVersion": 1}', "hosts: is required"),
+        ('{"schemaVersion": 1, "state": {"backend": "gcs"}, "hosts": {}}', "state: "),
+        ('{"schemaVersion": 1, "state": {"backend": "s3"}, "hosts": {}}', "state.s3.bucket: is required"),
+        (
+            '{"schemaVersion": 1, "state": {"backend": "http", "address": "https://canary@x/y"}, "hosts": {}}',
+            "state.http.address",
+        ),
         ("[]", "(top)"),
     ],
 )

@@ -21,7 +21,9 @@ def declared(**host: Any) -> Host:
 
 
 def server(**changes: Any) -> Server:
-    made = Server(44, "alpha", "running", OURS, "cx23", "nbg1", "198.51.100.7", "2001:db8::1", {38: "applied"})
+    made = Server(
+        44, "alpha", "running", OURS, "cx23", "nbg1", "198.51.100.7", "2001:db8::1", {38: "applied"}, protected=True
+    )
     return dataclasses.replace(made, **changes)
 
 
