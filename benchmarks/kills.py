@@ -1,0 +1,242 @@
+"""Random kills over bootstraps of several lab hosts, each followed by a re-run; what is left over is counted.
+
+    python benchmarks/kills.py --kills 300 --hosts 3 --seed 1
+
+A round begins with an empty lab project. ``pyinfra … deploys/bootstrap.py`` over all hosts is killed with SIGKILL at a
+random instant and run again, until it ends by itself or the round has had its share of kills; then a last run must end
+well, and a further one must change nothing. Needs what ``clawdlets lab up`` needs. ``--json`` prints one object instead of
+the table. Exit status 1 when one count that must be 0 is not.
+
+Counted, over all rounds: *duplicates* (servers that the API made beyond one for each host), *orphans* (servers,
+firewalls, keys, addresses in the emulator beyond what the fleet declares), *reinstalls* (servers rebuilt, or
+formatted again after the reboot into their own system), *plaintext keys* (private keys in the runtime
+dir outside of where they belong), *not converged* (rounds whose last run did not end verified, or whose further run
+changed something).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import hcloud
+
+from clawdlets_ops.errors import ClawdletsError
+from clawdlets_ops.journal import journals, read_journal
+from clawdlets_ops.lab import control
+from clawdlets_ops.lab.scenario import environment, lay_out, read_results
+from clawdlets_ops.layout import Layout
+
+ROOT = Path(__file__).parents[1]
+RUN_TIMEOUT_S = 1500.0
+KILLS_A_ROUND = 12
+ZERO = ("duplicates", "orphans", "reinstalls", "plaintext_keys", "not_converged")
+
+
+@dataclass
+class Tally:
+    """What was counted; the names of ``ZERO`` must stay 0."""
+
+    rounds: int = 0
+    kills: int = 0
+    runs: int = 0
+    duplicates: int = 0
+    orphans: int = 0
+    reinstalls: int = 0
+    plaintext_keys: int = 0
+    not_converged: int = 0
+    killed_in: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+class Round:
+    """One project and its lab, from nothing to converged."""
+
+    def __init__(self, folder: Path, hosts: list[str], chance: random.Random, tally: Tally, within_s: float) -> None:
+        self.within_s = within_s
+        self.layout, self.hosts, self.chance, self.tally = Layout(folder), hosts, chance, tally
+        # A temporary folder of our own: what a killed program leaves in it is looked at, and is nobody else's.
+        self.temporary = folder.parent / "tmp"
+        self.temporary.mkdir()
+        self.shell = {**environment(os.environ), "TMPDIR": str(self.temporary)}
+        document = json.loads((ROOT / "fleet" / "clawdlets.json").read_text())
+        alpha = document["hosts"]["alpha"]
+        document["hosts"] = {name: copy.deepcopy(alpha) for name in hosts}
+        lay_out(folder, document, cache=ROOT / ".cache", environ=self.shell)
+
+    def go(self, kills: int) -> None:
+        control.up(self.layout, self.shell)
+        try:
+            for _ in range(kills):
+                if self._run_and_kill():
+                    break
+            last = self._run()
+            again = self._run()
+            self._count(last, again)
+        finally:
+            control.down(self.layout, self.shell)
+
+    def _start(self) -> subprocess.Popen[str]:
+        self.tally.runs += 1
+        argv = ["pyinfra", "-y", "inventory/lab.py", "deploys/bootstrap.py"]
+        return subprocess.Popen(
+            argv, cwd=self.layout.root, env=self.shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def _run_and_kill(self) -> bool:
+        """Whether it ended by itself before the kill came."""
+        process = self._start()
+        # A run takes up where the one before it was killed: short spans reach the late stages too.
+        after_s = self.chance.uniform(1.0, self.within_s)
+        try:
+            process.communicate(timeout=after_s)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            self.tally.kills += 1
+            self.tally.killed_in[self._stages()] += 1
+            return False
+        return process.returncode == 0
+
+    def _run(self) -> subprocess.CompletedProcess[str]:
+        process = self._start()
+        said, _ = process.communicate(timeout=RUN_TIMEOUT_S)
+        return subprocess.CompletedProcess(process.args, process.returncode, said)
+
+    def _stages(self) -> str:
+        """Where the hosts of the newest run were."""
+        found = journals(self.layout.runs)
+        last: dict[str, str] = {}
+        for event in read_journal(found[-1]) if found else []:
+            if event.get("host") and event.get("event") == "started":
+                last[event["host"]] = event["stage"]
+        return max(
+            last.values(), key=(["payload", "provision", "install", "lockdown", "verify"]).index, default="start-up"
+        )
+
+    def _count(self, last: subprocess.CompletedProcess[str], again: subprocess.CompletedProcess[str]) -> None:
+        settings = dict(
+            line.split("=", 1)
+            for line in self.layout.env_file.read_text().splitlines()
+            if "=" in line and line[0] != "#"
+        )
+        client = hcloud.Client(settings["HCLOUD_TOKEN"], api_endpoint=settings["HCLOUD_ENDPOINT"])
+        made = [
+            entry["body"]["name"]
+            for entry in control.requests(self.layout)
+            if entry["method"] == "POST" and entry["path"] == "/v1/servers" and entry["status"] == 201
+        ]
+        self.tally.duplicates += len(made) - len(set(made))
+        servers = client.servers.get_all()
+        hosts = len(self.hosts)
+        beyond = {
+            "servers": len(servers) - hosts,
+            "firewalls": len(client.firewalls.get_all()) - hosts,
+            "SSH keys": len(client.ssh_keys.get_all()) - 1,
+            "unassigned addresses": sum(ip.assignee_id is None for ip in client.primary_ips.get_all()),
+            "unattached volumes": sum(volume.server is None for volume in client.volumes.get_all()),
+        }
+        self.tally.orphans += sum(abs(count) for count in beyond.values())
+        rebuilt = [entry for entry in control.requests(self.layout) if entry["path"].endswith("/actions/rebuild")]
+        formatted = self._formatted_after_installed()
+        self.tally.reinstalls += len(rebuilt) + len(formatted)
+        left = self._plaintext_keys()
+        self.tally.plaintext_keys += len(left)
+        converged = last.returncode == 0 and again.returncode == 0
+        converged = converged and not again.stdout.count("Traceback") and self._unchanged(again.stdout)
+        self.tally.not_converged += not converged
+        if not converged:
+            self.tally.notes += [last.stdout[-3000:], again.stdout[-3000:]]
+        self.tally.notes += [f"{name}: {count}" for name, count in beyond.items() if count]
+        self.tally.notes += [f"formatted after it was installed: {name}" for name in formatted]
+        self.tally.notes += [f"private key: {path}" for path in left]
+
+    def _formatted_after_installed(self) -> list[str]:
+        """Hosts for which a disko phase was begun after one had ended in the reboot into its own system."""
+        found = []
+        for host in self.hosts:
+            installed = False
+            for path in journals(self.layout.runs):
+                for event in read_journal(path):
+                    if event.get("host") != host or event.get("stage") != "install":
+                        continue
+                    if installed and event.get("text") == "phase disko":
+                        found.append(host)
+                    installed = installed or str(event.get("text")).startswith("wait for the installed host")
+        return found
+
+    def _plaintext_keys(self) -> list[Path]:
+        """Private keys in clear: the operator's belong where they are, and a payload's tree until it is verified."""
+        lab, keys = self.layout.lab, self.layout.operator_key("x").parent
+        found = []
+        for parent, folders, names in chain(os.walk(self.layout.root), os.walk(self.temporary)):
+            folders[:] = [
+                name for name in folders if Path(parent, name) not in (lab, keys) and name not in (".cache", ".git")
+            ]
+            for name in names:
+                path = Path(parent, name)
+                data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+                if b"PRIVATE KEY-----" in data or b"AGE-SECRET-KEY-1" in data:
+                    found.append(path)
+        return found
+
+    @staticmethod
+    def _unchanged(said: str) -> bool:
+        try:
+            return read_results(said).changed == 0
+        except ClawdletsError:
+            return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--hosts", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--within", type=float, default=45.0, help="a run is killed after 1 s to this many")
+    parser.add_argument("--minutes", type=float, default=0.0, help="begin no kill after this time; 0: no limit")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    chance, tally = random.Random(arguments.seed), Tally()  # noqa: S311 - not for secrets
+    hosts = [f"host{number}" for number in range(1, arguments.hosts + 1)]
+    began = time.monotonic()
+    while tally.kills < arguments.kills:
+        if arguments.minutes and time.monotonic() - began > arguments.minutes * 60:
+            break
+        folder = Path(tempfile.mkdtemp(prefix="clawdlets-kills-")).resolve()
+        try:
+            Round(folder / "project", hosts, chance, tally, arguments.within).go(
+                min(KILLS_A_ROUND, arguments.kills - tally.kills)
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        tally.rounds += 1
+        print(f"round {tally.rounds}: {tally.kills} kills, {tally.runs} runs", file=sys.stderr, flush=True)
+    tally.seconds = round(time.monotonic() - began, 1)
+    print(json.dumps(vars(tally), indent=2) if arguments.json else table(tally))
+    return 1 if any(getattr(tally, name) for name in ZERO) else 0
+
+
+def table(tally: Tally) -> str:
+    rows = [(name.replace("_", " "), getattr(tally, name)) for name in ("rounds", "kills", "runs", *ZERO, "seconds")]
+    rows += [(f"killed in {stage}", count) for stage, count in sorted(tally.killed_in.items())]
+    return "\n".join([*(f"{name:24}{value}" for name, value in rows), *tally.notes])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
