@@ -31,6 +31,18 @@ def lockdown() -> None:
     operations.lockdown(name="Lock SSH down to the tailnet")
 
 
+@deploy("Secrets")
+def secrets() -> None:
+    """Bring a running host to the repository's secrets."""
+    operations.secrets(name="Bring the host to the repository's secrets")
+
+
+@deploy("Destroy")
+def destroy() -> None:
+    """Delete the hosts that are named, and only these."""
+    operations.destroy(name="Destroy the named hosts")
+
+
 @deploy("Verify")
 def verify() -> None:
     """Prove it."""

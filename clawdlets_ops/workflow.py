@@ -5,23 +5,37 @@ The pyinfra operations, the command line and programs that import the library al
 
 from __future__ import annotations
 
-import os
+import json
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from clawdlets_ops import install, lockdown, provision, ssh
-from clawdlets_ops.errors import InstallRefused, VerifyError
+from clawdlets_ops.errors import ClawdletsError, InstallRefused, SecretsError, VerifyError
+from clawdlets_ops.files import read_private
 from clawdlets_ops.hetzner import Cloud, HetznerCloud, Server
-from clawdlets_ops.journal import Journal
+from clawdlets_ops.journal import Journal, new_run_id
 from clawdlets_ops.process import LocalRunner, Runner, require_program
 from clawdlets_ops.project import Project
-from clawdlets_ops.secrets import payload, store
-from clawdlets_ops.sensitive import Secret
+from clawdlets_ops.runs.notes import NotingRunner
+from clawdlets_ops.secrets import payload, store, sync
+from clawdlets_ops.sensitive import Redactor, Secret
 from clawdlets_ops.verify import host as verify_host
 
 STAGES = ("payload", "provision", "install", "lockdown", "verify")
+LATER = ("secrets",)
+"""What is done to a running host, and is no part of its bootstrap."""
+
+
+class Snapshot(Cloud, Protocol):
+    """Reads that may be some seconds old, unless something was changed for that host; see ``rollout.snapshot``."""
+
+    def forget(self, host: str) -> None:
+        """Something was changed for ``host``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,13 +75,18 @@ class Outcome:
     duration_s: float
 
 
-def tools_for(project: Project, *, listen: Callable[[str, str, str], None] | None = None) -> Tools:
-    """The real tools of a project. SettingsError when there is no usable token."""
-    started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+def tools_for(
+    project: Project,
+    *,
+    listen: Callable[[str, str, str], None] | None = None,
+    stop: threading.Event | None = None,
+) -> Tools:
+    """The real tools of a project. SettingsError when there is no usable token. Once ``stop`` is set, running programs
+    are ended and no other is begun (KeyboardInterrupt)."""
     return Tools(
-        runner=LocalRunner(project.environ),
+        runner=LocalRunner(project.environ, stop=stop),
         cloud=HetznerCloud(project.token, project.hcloud_endpoint, poll_interval_s=project.poll_interval_s),
-        journal=Journal(project.layout.runs / f"{started}-{os.getpid()}.jsonl", listen=listen),
+        journal=Journal(project.layout.runs / new_run_id(), listen=listen, redactor=known_secrets(project)),
     )
 
 
@@ -79,8 +98,8 @@ def plan(stage: str, project: Project, host: str, tools: Tools) -> StagePlan:
             steps = [
                 f"{verb} {name}" for verb, names in (("make", made.created), ("change", made.updated)) for name in names
             ]
-            if steps or not payload.payload_is_current(project, host):
-                steps.append(f"build {project.layout.extra_files(host)}")
+            if steps or not payload.is_prepared(project, host):
+                steps.append("work out the install payload")
             return StagePlan(stage, host, tuple(steps))
         case "provision":
             return StagePlan(stage, host, _plan_provision(project, host, tools).steps)
@@ -91,27 +110,71 @@ def plan(stage: str, project: Project, host: str, tools: Tools) -> StagePlan:
             return StagePlan(stage, host, _plan_lockdown(project, host, tools).steps)
         case "verify":
             return StagePlan(stage, host)
+        case "secrets":
+            wanted = sync.repository_set(project, host)
+            with sync.connect(project, host, runner=tools.runner, cloud=tools.cloud) as link:
+                return StagePlan(stage, host, sync.plan(wanted, link.status()).steps)
         case _:
-            raise ValueError(f"there is no stage {stage!r}; there are {', '.join(STAGES)}")
+            raise ValueError(f"there is no stage {stage!r}; there are {', '.join((*STAGES, *LATER))}")
 
 
 def apply(stage: str, project: Project, host: str, tools: Tools) -> Outcome:
     """Do ``stage`` to ``host``. Raises a ClawdletsError; doing it again goes on from where it stopped."""
     started = time.monotonic()
     with tools.journal.stage(host, stage) as say:
-        changed, text = _apply(stage, project, host, tools, say)
+        noting = replace(tools, runner=NotingRunner(tools.runner, tools.journal, host))
+        changed, text = _apply(stage, project, host, noting, say)
     return Outcome(stage, host, changed, text, round(time.monotonic() - started, 3))
 
 
-def bootstrap(project: Project, host: str, tools: Tools | None = None) -> Iterator[Outcome]:
-    """All stages in order on one host, those with nothing to do left untouched; yields each outcome as it comes."""
+def bootstrap(
+    project: Project, host: str, tools: Tools | None = None, *, snapshot: Snapshot | None = None
+) -> Iterator[Outcome]:
+    """All stages in order on one host, those with nothing to do left untouched; yields each outcome as it comes.
+
+    Plans and the verification look at ``snapshot``, if there is one, instead of asking the API for this host alone.
+    """
     tools = tools or tools_for(project)
+    looking = replace(tools, cloud=snapshot) if snapshot else tools
     for stage in STAGES:
-        planned = plan(stage, project, host, tools)
-        if planned.empty and stage != "verify":
+        try:
+            planned = plan(stage, project, host, looking)
+        except ClawdletsError as error:
+            tools.journal.say(host, stage, "failed", str(error), durationS=0.0)
+            raise
+        if stage == "verify":
+            yield apply(stage, project, host, looking)
+        elif planned.empty:
+            tools.journal.say(host, stage, "unchanged", str(planned))
             yield Outcome(stage, host, changed=False, text=str(planned), duration_s=0.0)
         else:
-            yield apply(stage, project, host, tools)
+            try:
+                outcome = apply(stage, project, host, tools)
+            finally:
+                if snapshot:
+                    snapshot.forget(host)
+            yield outcome
+
+
+def known_secrets(project: Project) -> Redactor:
+    """Knows the token and every value in the operator's file, as far as that can be read."""
+    known = [project.hcloud_token] if project.hcloud_token else []
+    if project.secrets_file is not None:
+        # A file that cannot be read is the payload stage's to complain of: what is in it is known to nobody here.
+        with suppress(ClawdletsError, ValueError):
+            known += [Secret(text) for text in _strings(json.loads(read_private(project.secrets_file)))]
+    return Redactor(known)
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
 
 
 def _apply(stage: str, project: Project, host: str, tools: Tools, say: Callable[[str], None]) -> tuple[bool, str]:
@@ -120,7 +183,7 @@ def _apply(stage: str, project: Project, host: str, tools: Tools, say: Callable[
         case "payload":
             made = store.init_host(project, host, _given(project, host), runner=runner)
             store.check_host(project, host, runner=runner)
-            laid = payload.materialise(project, host, runner=runner)
+            laid = payload.prepare(project, host, runner=runner)
             return bool(made.created or made.updated or laid.changed), f"payload {laid.digest[:12]}"
         case "provision":
             before = _plan_provision(project, host, tools)
@@ -129,10 +192,11 @@ def _apply(stage: str, project: Project, host: str, tools: Tools, say: Callable[
         case "install":
             if _plan_install(project, host, tools).empty:
                 return False, "installed already"
-            store.check_host(project, host, runner=runner)
             server = _server(cloud, host)
             if host in project.reinstall:
                 server = install.wipe(project, host, runner=runner, cloud=cloud, server=server, say=say)
+            with suppress(SecretsError):  # the installation's own gates say what is wrong with it
+                payload.materialise(project, host, runner=runner)
             install.apply(project, host, runner=runner, server=server, pin=store.host_ssh_pin(project, host), say=say)
             return True, "installed"
         case "lockdown":
@@ -153,9 +217,14 @@ def _apply(stage: str, project: Project, host: str, tools: Tools, say: Callable[
             say(report.summary)
             if report.exit_code != 0:
                 raise VerifyError(report.summary, where=host, fix=f"the report: {report.report_html}")
+            payload.discard(project, host)
             return False, f"{report.summary}; report: {report.report_html}"
+        case "secrets":
+            with sync.connect(project, host, runner=runner, cloud=cloud) as link:
+                brought = sync.sync(project, link, runner=runner, say=say)
+            return not brought.plan.empty, str(brought)
         case _:
-            raise ValueError(f"there is no stage {stage!r}; there are {', '.join(STAGES)}")
+            raise ValueError(f"there is no stage {stage!r}; there are {', '.join((*STAGES, *LATER))}")
 
 
 def _given(project: Project, host: str) -> dict[str, Secret]:
@@ -170,7 +239,7 @@ def _plan_provision(project: Project, host: str, tools: Tools) -> provision.Prov
     planned = provision.plan_for(project, host, cloud=tools.cloud)
     if not planned.empty:
         require_program(tools.runner, "tofu", "install OpenTofu 1.10 or newer (make setup builds it)")
-    if provision.SERVER not in planned.adopt:
+    if provision.SERVER not in planned.adopt or provision.SERVER in planned.loses:
         install.require_means(project, host, runner=tools.runner)
     return planned
 
@@ -183,7 +252,12 @@ def _plan_install(project: Project, host: str, tools: Tools) -> install.InstallP
     firewall = (
         tools.cloud.firewall(provision.firewall_name(host)) if seen.state is install.TargetState.UNKNOWN else None
     )
-    return install.plan(host, seen, edge_open=firewall is None or firewall.ssh_is_open)
+    return install.plan(
+        host,
+        seen,
+        edge_open=firewall is None or firewall.ssh_is_open,
+        unfinished=server is not None and install.read_known(project.layout, host, server).unfinished,
+    )
 
 
 def _plan_lockdown(project: Project, host: str, tools: Tools) -> lockdown.LockdownPlan:
@@ -202,14 +276,12 @@ def _plan_lockdown(project: Project, host: str, tools: Tools) -> lockdown.Lockdo
 def _look(project: Project, host: str, server: Server | None, tools: Tools) -> install.Seen:
     if server is None:
         return install.Seen(install.TargetState.ABSENT)
-    pin_file = project.layout.installer_pin(host)
-    server_id, _, installer_pin = pin_file.read_text().strip().partition(" ") if pin_file.exists() else ("", "", "")
     return install.look(
         tools.runner,
         host,
         server=server,
         pin=store.host_ssh_pin(project, host) if project.layout.host_ssh_public_key(host).exists() else None,
-        installer_pin=installer_pin if server_id == str(server.id) else None,
+        known=install.read_known(project.layout, host, server),
     )
 
 

@@ -21,6 +21,7 @@ from clawdlets_ops import install, lockdown, ssh
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.files import write_atomic
 from clawdlets_ops.project import Project
+from clawdlets_ops.runs import page
 from clawdlets_ops.secrets import store
 from clawdlets_ops.workflow import Tools
 
@@ -63,9 +64,12 @@ class ClawdletsConnector(BaseConnector):
         """Nothing yet: the host may not exist before its own deploy has made it."""
 
     def disconnect(self) -> None:
-        """Close the session if there ever was one."""
+        """Close the session if there ever was one; the run's page is written, as pyinfra says nothing else at its end."""
         self._session = None
         self._stack.close()
+        tools = self.data["clawdlets_tools"]
+        if isinstance(tools, Tools):
+            page.refresh(tools.journal.folder)
 
     def run_shell_command(
         self, command: StringCommand, print_output: bool = False, print_input: bool = False, **arguments: Any

@@ -16,6 +16,7 @@ from clawdlets_ops import lockdown, ssh, workflow
 from clawdlets_ops.errors import LockdownError
 from clawdlets_ops.install import ADMIN
 from clawdlets_ops.lab import control
+from clawdlets_ops.lab.processes import wait_until
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
@@ -55,11 +56,13 @@ class Bench:
     def reach(self, vantage: str, family: int = 4) -> str:
         return next(cell.reach for cell in self.measure().cells if (cell.vantage, cell.family) == (vantage, family))
 
+    def leader(self) -> int | None:
+        return control.status(Layout(self.project.layout.root)).servers[0].leader_pid
+
     def guest(self, *argv: str) -> str:
         """Run in the guest, past its network."""
-        leader = control.status(Layout(self.project.layout.root)).servers[0].leader_pid
         return subprocess.run(
-            ["nsenter", "-t", str(leader), "-a", *argv], check=True, capture_output=True, text=True
+            ["nsenter", "-t", str(self.leader()), "-a", *argv], check=True, capture_output=True, text=True
         ).stdout
 
     def edge_rules(self) -> list[tuple[str, str | None]]:
@@ -197,7 +200,10 @@ def test_the_host_firewall_survives_a_reboot(bench: Bench) -> None:
     target = ssh.Target(
         "alpha", tailnet[4], ADMIN, bench.project.ssh_identity_file("alpha"), store.host_ssh_pin(bench.project, "alpha")
     )
+    before = bench.leader()
     bench.guest("systemctl", "reboot")
+    # Going down it answers for a while.
+    assert wait_until(lambda: bench.leader() not in (before, None), timeout_s=30)
     address, _ = ssh.wait_for_key(
         [tailnet[4]], frozenset({target.pin}), why="after the reboot", timeout_s=60, poll_s=0.3
     )
