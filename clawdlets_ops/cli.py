@@ -8,13 +8,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from clawdlets_ops import workflow
+from clawdlets_ops.commands import bootstrap as bootstrap_commands
+from clawdlets_ops.commands import destroy as destroy_commands
+from clawdlets_ops.commands import doctor as doctor_commands
 from clawdlets_ops.commands import guard as guard_commands
+from clawdlets_ops.commands import runs as runs_commands
 from clawdlets_ops.commands import secrets as secrets_commands
 from clawdlets_ops.commands import verify as verify_commands
 from clawdlets_ops.errors import ClawdletsError
@@ -55,18 +60,25 @@ def clawdlets(context: click.Context, root: Path) -> None:
     context.meta[secrets_commands.ENVIRON] = os.environ
 
 
+clawdlets.add_command(destroy_commands.destroy)
 clawdlets.add_command(secrets_commands.secrets)
-clawdlets.add_command(guard_commands.group(os.environ))
+clawdlets.add_command(guard_commands.guard)
 clawdlets.add_command(verify_commands.verify)
 clawdlets.add_command(verify_commands.watch)
+clawdlets.add_command(bootstrap_commands.bootstrap)
+clawdlets.add_command(runs_commands.runs)
+clawdlets.add_command(doctor_commands.doctor)
 
 
 @clawdlets.command()
 @click.argument("stage", type=click.Choice(workflow.STAGES))
 @click.option("--host", required=True)
+@click.option("--allow-replace", metavar="HOST", multiple=True, help="As if HOST were named to be replaced.")
+@click.option("--refresh", is_flag=True, help="As if everything were to be compared with OpenTofu's state.")
 @secrets_commands.with_project
-def plan(project: Project, stage: str, host: str) -> None:
+def plan(project: Project, stage: str, host: str, allow_replace: tuple[str, ...], refresh: bool) -> None:
     """Show what a stage would do to a host now; changes nothing."""
+    project = replace(project, allow_replace=frozenset(allow_replace), refresh=refresh)
     click.echo(str(workflow.plan(stage, project, host, workflow.tools_for(project))))
 
 
@@ -88,10 +100,24 @@ def lab() -> None:
 
 
 @lab.command("up")
+@click.option(
+    "--tailnet",
+    type=click.Choice(["auto", "real", "stand-in"]),
+    default="auto",
+    show_default=True,
+    help="What the tailnet is: headscale and tailscaled (make tailnet builds them), or a stand-in; auto: the real one "
+    "where it is built.",
+)
+@click.option(
+    "--cut-established/--keep-established",
+    default=None,
+    help="Whether a change of firewall rules ends the flows that the new rules would not let begin; a new lab keeps them.",
+)
 @click.pass_context
-def lab_up(context: click.Context) -> None:
+def lab_up(context: click.Context, tailnet: str, cut_established: bool | None) -> None:
     """Start this checkout's lab; again, it is the same lab."""
-    click.echo(overview.text(control.up(_layout(context), os.environ)))
+    status = control.up(_layout(context), os.environ, tailnet=tailnet, cut_established=cut_established)
+    click.echo(overview.text(status))
 
 
 @lab.command("status")

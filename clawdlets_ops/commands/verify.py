@@ -72,9 +72,12 @@ def verify(project: Project, hosts: tuple[str, ...], only: tuple[str, ...], form
     )
     if form == "text":
         click.echo(fleet_report.text(made.document, str(made.page)))
+        if made.signature is not None:
+            click.echo(f"signature: {made.signature}")
     else:
         click.echo((made.folder / FILES[form]).read_text(encoding="utf-8"), nl=False)
-    click.echo(f"signature: {made.signature}" if made.signature else f"not signed: {made.unsigned}", err=True)
+    if made.signature is None:
+        click.echo(f"not signed: {made.unsigned}", err=True)
     sys.exit(made.exit_code)
 
 
