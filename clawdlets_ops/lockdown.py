@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from clawdlets_ops import provision, ssh, tailnet
-from clawdlets_ops.errors import ClawdletsError, LockdownError, UnreachableError
+from clawdlets_ops.errors import ClawdletsError, LockdownError, PlanRefused, UnreachableError
 from clawdlets_ops.files import ensure_dir, locked, write_atomic
 from clawdlets_ops.fleet import Host
 from clawdlets_ops.hetzner import Cloud, Server
@@ -205,13 +205,16 @@ def _wait_for_tailnet(
 def _roll_back(
     project: Project, host: str, cause: ClawdletsError, *, runner: Runner, cloud: Cloud, targets: list[ssh.Target]
 ) -> LockdownError:
-    """Open edge and host again; returns the error that says how both stand now."""
+    """Open edge and host again, as far as they were closed; returns the error that says how both stand now."""
     told = []
-    try:
-        provision.apply(project, host, runner=runner, cloud=cloud, window_open=True)
-        told.append("the edge is open again to adminCidrs")
-    except ClawdletsError as error:
-        told.append(f"THE EDGE COULD NOT BE OPENED AGAIN ({error.what})")
+    if isinstance(cause, PlanRefused):  # the gate comes before any change, and would refuse the way back as well
+        told.append("the edge was not touched")
+    else:
+        try:
+            provision.apply(project, host, runner=runner, cloud=cloud, window_open=True)
+            told.append("the edge is open again to adminCidrs")
+        except ClawdletsError as error:
+            told.append(f"THE EDGE COULD NOT BE OPENED AGAIN ({error.what})")
     try:
         _through_any(targets, "revert")
         told.append("the host's firewall is as before")
