@@ -188,7 +188,19 @@ def down(layout: Layout, environ: Mapping[str, str]) -> None:
         if layout.lab.exists():
             if left := mounts_below(layout.lab):
                 raise LabError("is still mounted", where=str(left[0]), fix=f"umount {left[0]}; clawdlets lab down")
+            _forget_servers(layout)
             shutil.rmtree(layout.lab)
+
+
+def _forget_servers(layout: Layout) -> None:
+    """What is known here of servers by their ids goes with the cloud: the next lab begins with the same ids."""
+    if not layout.bound_to.exists() or layout.bound_to.read_text().strip() != BOUND_TO_LAB:
+        return
+    runtime = layout.runtime
+    for path in (*runtime.glob("known_hosts/*.installer"), *runtime.glob("reports/*/install-receipt.json")):
+        path.unlink()
+    if (runtime / "install").exists():
+        shutil.rmtree(runtime / "install")
 
 
 def reset(layout: Layout, environ: Mapping[str, str]) -> LabStatus:

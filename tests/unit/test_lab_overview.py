@@ -166,3 +166,17 @@ def test_an_address_that_is_not_there_the_rescue_system_and_cut_flows_are_shown(
     document = overview.as_json(status)
     assert (document["cutEstablished"], document["machines"][0]["inRescue"]) == (True, True)
     assert document["machines"][0]["ipv4"] == ""
+
+
+@pytest.mark.parametrize("bound", ["the lab", "https://api.example/v1"])
+def test_the_end_of_a_lab_is_the_end_of_what_was_known_of_its_servers(tmp_path: Path, bound: str) -> None:
+    layout = Layout(tmp_path)
+    known = (layout.installer_pin("alpha"), layout.install_receipt("alpha"), layout.install_dir("alpha") / "pins")
+    for path in (*known, layout.bound_to, layout.lab / "something", layout.reports("alpha") / "report.html"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    layout.bound_to.write_text(f"{bound}\n")
+    control.down(layout, {"PATH": "/usr/bin:/bin"})
+    assert not layout.lab.exists()
+    assert [path.exists() for path in known] == [bound != "the lab"] * 3
+    assert (layout.reports("alpha") / "report.html").exists()
