@@ -1,0 +1,127 @@
+"""What a verification costs: the shipped suite against the same questions asked one by one through testinfra's ``ssh://``.
+
+``python benchmarks/verify.py [--rtt 0 50] [--hosts 1]`` needs what the lab needs. Both judge the same lab hosts in the same
+run, over the tailnet's link with the same latency put into it. SSH logins are counted in the hosts' own journals. The
+suite's time is that of its whole process; the peer is given its connection sharing switched off, as testinfra has it by
+default, and on (ControlMaster in an ssh_config).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import testinfra
+
+from clawdlets_ops.lab.faults import clear, inject, parse_fault
+from clawdlets_ops.lab.scenario import Scenario
+from clawdlets_ops.verify.catalogue import catalogue
+from clawdlets_ops.verify.ssh_config import known_hosts, ssh_config
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = "sudo -n /run/current-system/sw/bin/clawdlets-exposure status"
+
+
+def newest_report(lab: Scenario, host: str) -> dict[str, Any]:
+    folder = max(lab.layout.reports(host).glob("*T*Z"))
+    found: dict[str, Any] = json.loads((folder / "expectation.json").read_text())
+    return found
+
+
+def logins(lab: Scenario, host: str) -> int:
+    said = lab.guest(host, "journalctl", "--no-pager", "-u", "ssh", "-o", "cat").check().stdout
+    return said.count("Accepted publickey")
+
+
+def one_by_one(expected: dict[str, Any], folder: Path, *, shared: bool) -> int:
+    """Ask what the suite asks, as a test with testinfra would: a command or a file's property each time. How many asked."""
+    folder.mkdir(parents=True)
+    (folder / "known_hosts").write_text(known_hosts(expected))
+    text = ssh_config(expected, folder)
+    if not shared:
+        text = "\n".join(line for line in text.splitlines() if not line.strip().startswith("Control")) + "\n"
+    (folder / "config").write_text(text)
+    extra = {} if shared else {"controlpersist": 0}
+    host = testinfra.get_host(f"ssh://{expected['host']}", ssh_config=str(folder / "config"), **extra)
+    asked = 0
+    for wanted in [*expected["hostKeys"], expected["secretsDir"], *(one["file"] for one in expected["secrets"])]:
+        # Most of these are root's alone: admin sees that they are there and no more, which costs the same.
+        for word in ("%a", "%U", "%G", "%F"):
+            host.run("stat -c %s %s", word, wanted["path"])
+            asked += 1
+    for user in expected["sshdUsers"]:
+        for source in expected["sshdSources"]:
+            host.run("test -n %s", f"{user} from {source}")
+            asked += 1
+    for _ in catalogue():
+        host.run(PROGRAM)
+        asked += 1
+    return asked
+
+
+def timed_s(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def ask(lab: Scenario, names: Sequence[str], folder: Path, *, shared: bool) -> float:
+    """All hosts at the same time, one thread a host; how many seconds it took."""
+
+    def work() -> None:
+        with ThreadPoolExecutor(max_workers=len(names)) as pool:
+            list(pool.map(lambda host: one_by_one(newest_report(lab, host), folder / host, shared=shared), names))
+
+    return timed_s(work)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--rtt", type=int, nargs="*", default=[0, 50], metavar="MS", help="round trips added to the link"
+    )
+    parser.add_argument("--hosts", type=int, default=1, help="how many, judged at the same time")
+    options = parser.parse_args(words)
+    fleet = json.loads((ROOT / "fleet" / "clawdlets.json").read_text())
+    name, declared = next(iter(fleet["hosts"].items()))
+    names = [name, *(f"{name}-{number}" for number in range(2, options.hosts + 1))]
+    fleet["hosts"] = dict.fromkeys(names, declared)
+    with Scenario(ROOT, environ=os.environ) as lab, tempfile.TemporaryDirectory(prefix="clb-") as scratch:
+        lab.declare(lambda document: document.update(fleet))
+        lab.bootstrap()
+        print(
+            f"{'RTT ms':>7} {'hosts':>5}  {'suite s':>8} {'logins/host':>11}   {'shared s':>9} {'x':>5}   {'plain s':>8} {'logins/host':>11} {'x':>6}"
+        )
+        for rtt in options.rtt:
+            if rtt:
+                for host in names:
+                    inject(lab.layout, parse_fault(["latency", host, f"milliseconds={rtt}", "from=operator-tailnet"]))
+            before = sum(logins(lab, host) for host in names)
+            suite_s = timed_s(lambda: lab.run("clawdlets", "verify", "--parallel", str(len(names))).check())
+            between = sum(logins(lab, host) for host in names)
+            shared_s = ask(lab, names, Path(scratch) / f"{rtt}-shared", shared=True)
+            middle = sum(logins(lab, host) for host in names)
+            plain_s = ask(lab, names, Path(scratch) / f"{rtt}-plain", shared=False)
+            after = sum(logins(lab, host) for host in names)
+            print(
+                f"{rtt:7} {len(names):5}  {suite_s:8.2f} {(between - before) / len(names):11.1f}"
+                f"   {shared_s:9.2f} {shared_s / suite_s:5.1f}"
+                f"   {plain_s:8.2f} {(after - middle) / len(names):11.1f} {plain_s / suite_s:6.1f}"
+            )
+            clear(lab.layout)
+    print(
+        f"{len(catalogue())} checks; the suite's refused logins (SSH-03, SSH-04, SSH-05) are connections that the peer does not make"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
