@@ -7,11 +7,10 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from clawdlets_ops import sarif as sarif_file
 from clawdlets_ops.guard.paths import PATH_RULES
 from clawdlets_ops.guard.rules import RULES
 from clawdlets_ops.guard.scan import Leak, Outcome
-
-_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
 def summary(outcome: Outcome) -> str:
@@ -66,27 +65,15 @@ def sarif(outcome: Outcome) -> str:
     """For code hosts. What is allowed is there, suppressed, with its reason; what is unknown is no result but a notification."""
     rules = {rule.id: rule.what for rule in RULES} | {rule.id: rule.what for rule in PATH_RULES}
     rules |= {leak.rule: rules.get(leak.rule, leak.rule) for leak in outcome.leaks}
-    driver = {
-        "name": "clawdlets guard",
-        "rules": [{"id": name, "shortDescription": {"text": what}} for name, what in sorted(rules.items())],
-    }
-    notifications = [
-        {"level": "error", "message": {"text": f"{leak.path}: {leak.what}; {leak.fix}"}}
-        for leak in outcome.leaks
-        if leak.unknown
-    ]
-    run = {
-        "tool": {"driver": driver},
-        "results": [_result(leak) for leak in outcome.leaks if not leak.unknown],
-        "invocations": [
-            {
-                "executionSuccessful": not notifications,
-                "exitCode": outcome.exit_code,
-                "toolExecutionNotifications": notifications,
-            }
+    return sarif_file.document(
+        "clawdlets guard",
+        rules=[sarif_file.rule(name, what) for name, what in rules.items()],
+        results=[_result(leak) for leak in outcome.leaks if not leak.unknown],
+        notifications=[
+            sarif_file.notification(f"{leak.path}: {leak.what}; {leak.fix}") for leak in outcome.leaks if leak.unknown
         ],
-    }
-    return json.dumps({"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2)
+        exit_code=outcome.exit_code,
+    )
 
 
 def _result(leak: Leak) -> dict[str, Any]:
