@@ -57,7 +57,7 @@ ORDER = (
     LOCKED,
     "sshd-late far seconds=10",
     "latency far milliseconds=20",
-    "loss far percent=20",
+    "loss far percent=10",
     "never-boots dead",
     "disk-full full",
     "scan full",
@@ -340,7 +340,7 @@ class TestWhatBootstrapDoes:
         late, far, loss, locked = (
             "sshd-late far seconds=10",
             "latency far milliseconds=20",
-            "loss far percent=20",
+            "loss far percent=10",
             LOCKED,
         )
         idents = {text: site.inject(text) for text in (late, far, loss, locked)}
