@@ -28,7 +28,11 @@ def lab_is_missing() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the lab tier, with one sentence, where it cannot run."""
+    """Skip the lab tier, with one sentence, where it cannot run, and stories of minutes where nobody asked for them."""
+    if not os.environ.get("LONG"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; make test LONG=1 runs it"))
     if reason := lab_is_missing():
         for item in items:
             if item.get_closest_marker("lab"):

@@ -57,7 +57,7 @@ ORDER = (
     LOCKED,
     "sshd-late far seconds=10",
     "latency far milliseconds=20",
-    "loss far percent=10",
+    "loss far percent=20",
     "never-boots dead",
     "disk-full full",
     "scan full",
@@ -335,12 +335,13 @@ class TestWhatBootstrapDoes:
         )
         site.tell("scan full", "Bootstrap ends verified, and the scan found no port 22.")
 
+    @pytest.mark.long
     @pytest.mark.timeout(900)
     def test_late_far_lossy_and_locked_it_gets_there_by_running_again(self, site: Site) -> None:
         late, far, loss, locked = (
             "sshd-late far seconds=10",
             "latency far milliseconds=20",
-            "loss far percent=10",
+            "loss far percent=20",
             LOCKED,
         )
         idents = {text: site.inject(text) for text in (late, far, loss, locked)}

@@ -10,7 +10,7 @@ import pytest
 
 from tests.lab.conftest import ROOT
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lab, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def test_a_bootstrap_that_is_killed_at_random_converges_and_leaves_nothing_twice() -> None:
