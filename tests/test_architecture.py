@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "clawdlets_ops"
 
 LAYERS: dict[str, frozenset[str]] = {
-    "base": frozenset({"errors", "sensitive", "command", "process", "files", "journal", "finding", "lines", "sarif"}),
+    "base": frozenset(
+        {"errors", "sensitive", "command", "process", "files", "journal", "finding", "lines", "sarif", "pages"}
+    ),
     "model": frozenset({"cloud", "fleet", "layout", "project"}),
     "tools": frozenset({"sops", "age", "mkpasswd", "hostkey", "tofu", "hetzner", "nixos_anywhere", "ssh", "tailnet"}),
     "features": frozenset({"secrets", "guard", "provision", "install", "lockdown", "verify", "runs", "doctor"}),

@@ -6,12 +6,10 @@ What hosts and programs said is in it, so all text is escaped, and a policy in t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Final
 
-from jinja2 import Environment, StrictUndefined
-
+from clawdlets_ops import pages
 from clawdlets_ops.files import write_atomic
 from clawdlets_ops.journal import EVENTS, read_journal
 from clawdlets_ops.runs.record import OPEN, Run, read_run, worst
@@ -57,11 +55,11 @@ def refresh(folder: Path) -> None:
 
 def render(run: Run) -> str:
     """The page as text."""
-    template = resources.files("clawdlets_ops.runs").joinpath("page.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["seconds"] = seconds
     total_s = max(1.0, (run.last - run.started).total_seconds())
-    return environment.from_string(template).render(
+    return pages.render(
+        "clawdlets_ops.runs",
+        "page.html.j2",
+        filters={"seconds": seconds},
         run=run,
         words=WORDS,
         hosts=[(host, worst(span.state for span in run.of(host)), host_seconds(run, host)) for host in run.hosts],

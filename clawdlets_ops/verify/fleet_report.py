@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 from xml.etree import ElementTree
 
-from jinja2 import Environment, StrictUndefined
-
+from clawdlets_ops import pages
 from clawdlets_ops import sarif as sarif_file
 from clawdlets_ops.finding import State
 from clawdlets_ops.verify import report
@@ -110,9 +108,9 @@ def junit(document: Mapping[str, Any]) -> str:
 
 def page(document: Mapping[str, Any], checks: Sequence[Check]) -> str:
     """One HTML page: checks by hosts, evidence on demand. No script, nothing from elsewhere; the filter is CSS alone."""
-    template = resources.files("clawdlets_ops.verify").joinpath("fleet_report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
+    return pages.render(
+        "clawdlets_ops.verify",
+        "fleet_report.html.j2",
         report=document,
         counts=[
             (*report.WORDS[state], number) for state, number in report.counted(document["findings"]).items() if number

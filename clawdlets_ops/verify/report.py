@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
+from clawdlets_ops import pages
 from clawdlets_ops.finding import State
 
 REPORT_VERSION = 1
@@ -64,9 +62,9 @@ def document(
 
 def page(report: Mapping[str, Any]) -> str:
     """The report as one HTML page without scripts or anything from elsewhere."""
-    template = resources.files("clawdlets_ops.verify").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
+    return pages.render(
+        "clawdlets_ops.verify",
+        "report.html.j2",
         report=report,
         groups=_groups(report["findings"]),
         counts=[(*WORDS[state], number) for state, number in counted(report["findings"]).items() if number],

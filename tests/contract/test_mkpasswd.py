@@ -9,23 +9,12 @@ from clawdlets_ops.errors import SecretsError, ToolMissingError
 from clawdlets_ops.mkpasswd import MAX_PASSWORD_BYTES, Mkpasswd, is_crypt_hash
 from clawdlets_ops.process import Command, LocalRunner
 from clawdlets_ops.sensitive import Secret
+from tests.recording import Recording
 
 pytestmark = pytest.mark.contract
 
 needs_mkpasswd = pytest.mark.skipif(not shutil.which("mkpasswd"), reason="mkpasswd (Debian package whois) is not there")
 CANARY = Secret("canary pässword -x $y$ '\"", "admin_password")
-
-
-class Recording(LocalRunner):
-    """Keeps the command lines that it runs."""
-
-    def __init__(self, environ=os.environ):
-        super().__init__(environ)
-        self.lines = []
-
-    def run(self, command, **more):
-        self.lines.append(str(command))
-        return super().run(command, **more)
 
 
 @needs_mkpasswd

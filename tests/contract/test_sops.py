@@ -11,23 +11,12 @@ from clawdlets_ops.errors import SecretsError, ToolMissingError, UnreadableError
 from clawdlets_ops.process import Command, LocalRunner
 from clawdlets_ops.secrets.plan import sops_config
 from clawdlets_ops.sensitive import Secret
+from tests.recording import Recording
 
 pytestmark = pytest.mark.contract
 
 CANARY = "canary-4711-in-the-vault"
 US, THEM = age.generate(), age.generate()
-
-
-class Recording(LocalRunner):
-    """Keeps the commands that it runs."""
-
-    def __init__(self, environ=os.environ):
-        super().__init__(environ)
-        self.commands: list[Command] = []
-
-    def run(self, command, **more):
-        self.commands.append(command)
-        return super().run(command, **more)
 
 
 @pytest.fixture

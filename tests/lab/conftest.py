@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from clawdlets_ops import ssh
+from clawdlets_ops.install import ADMIN
 from clawdlets_ops.lab import control
 from clawdlets_ops.lab.scenario import Scenario, environment, lay_out
 from clawdlets_ops.layout import Layout
+from clawdlets_ops.project import Project
+from clawdlets_ops.secrets import store
 
 ROOT = Path(__file__).parents[2]
 COMMAND_TIMEOUT_S = 600
@@ -75,6 +79,23 @@ def make_project(root: Path) -> LabProject:
     """A copy of this repository's fleet, deploys and inventory, with no lab yet."""
     lay_out(root, ROOT, cache=ROOT / ".cache", environ=environment(os.environ))
     return LabProject(root)
+
+
+def stay_logged_in(project: Project, host: str, address: str) -> subprocess.Popen[str]:
+    """Somebody who is logged in as admin at ``address``, has seen the pinned host key, and stays. Returns when they are in."""
+    known = project.layout.root.parent / "known_hosts"
+    known.write_text(ssh.known_hosts_lines({address: store.host_ssh_pin(project, host)}))
+    options = ("StrictHostKeyChecking=yes", f"UserKnownHostsFile={known}", "BatchMode=yes", "LogLevel=ERROR")
+    session = subprocess.Popen(
+        [
+            *("ssh", "-F", "/dev/null", *(word for option in options for word in ("-o", option))),
+            *("-i", str(project.ssh_identity_file(host)), f"{ADMIN}@{address}", "echo in; sleep 600"),
+        ],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert session.stdout is not None
+    assert session.stdout.readline() == "in\n"
+    return session
 
 
 @pytest.fixture(scope="module")

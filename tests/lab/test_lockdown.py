@@ -22,7 +22,7 @@ from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
 from clawdlets_ops.secrets import store
 from clawdlets_ops.verify.exposure import Exposure, measure_exposure
-from tests.lab.conftest import LabProject
+from tests.lab.conftest import LabProject, stay_logged_in
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
@@ -69,20 +69,6 @@ class Bench:
         firewall = self.tools.cloud.firewall("alpha-edge")
         assert firewall is not None
         return [(rule.protocol, rule.port) for rule in firewall.rules]
-
-    def public_session(self) -> subprocess.Popen[str]:
-        """Somebody who is logged in over the internet and stays."""
-        address = next(one for family, one in self.server.addresses.items() if family == 4)
-        identity = self.project.ssh_identity_file("alpha")
-        options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "BatchMode=yes", "LogLevel=ERROR")
-        words = [word for option in options for word in ("-o", option)]
-        session = subprocess.Popen(
-            ["ssh", "-F", "/dev/null", *words, "-i", str(identity), f"{ADMIN}@{address}", "echo in; sleep 600"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        assert session.stdout is not None
-        assert session.stdout.readline() == "in\n"
-        return session
 
     def open_everything_behind_our_back(self) -> None:
         client = hcloud.Client(
@@ -186,7 +172,7 @@ def test_a_locked_host_opens_again_when_it_is_declared_so_and_closes_again(bench
         project.run("pyinfra", "-y", "inventory/lab.py", f"deploys/{stage}.py")
     assert (bench.reach("operator"), bench.reach("stranger")) == ("yes", "no")
     assert project.run("clawdlets", "verify", "--host", "alpha").returncode == 0
-    stale = bench.public_session()
+    stale = stay_logged_in(bench.project, "alpha", bench.server.addresses[4])
     declare("tailnet")
     project.run("pyinfra", "-y", "inventory/lab.py", "deploys/lockdown.py")
     # Both firewalls are stateful and would let it go on; lockdown ends it.

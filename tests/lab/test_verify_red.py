@@ -20,7 +20,7 @@ from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import load_project
 from clawdlets_ops.verify import catalogue, fleet
-from tests.lab.conftest import LabProject
+from tests.lab.conftest import LabProject, stay_logged_in
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
@@ -150,28 +150,11 @@ def test_open_on_both_sides_is_seen_from_outside_and_a_session_that_stays_is_see
     everywhere = FirewallRule(direction="in", protocol="tcp", port="22", source_ips=["0.0.0.0/0", "::/0"])
     server = host.tools.cloud.server("alpha")
     assert server is not None
-    identity = host.project.ssh_identity_file("alpha")
-    options = [
-        "-o",
-        "StrictHostKeyChecking=no",
-        "-o",
-        "UserKnownHostsFile=/dev/null",
-        "-o",
-        "BatchMode=yes",
-        "-F",
-        "/dev/null",
-    ]
-    address = next(value for value in server.addresses.values() if ":" not in value)
     with host.edge(everywhere):
         host.sh("nft add rule inet clawdlets input tcp dport 22 accept")
         try:
             assert {"EXP-01", "EXP-03", "EXP-04", "EXP-05"} <= host.judge().keys()
-            stale = subprocess.Popen(
-                ["ssh", *options, "-i", str(identity), f"admin@{address}", "echo in; sleep 600"],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            )  # fmt: skip
-            assert stale.stdout is not None
-            assert stale.stdout.readline() == "in\n"
+            stale = stay_logged_in(host.project, "alpha", server.addresses[4])
         finally:
             host.sh(UNDO_NFT)
     try:

@@ -6,7 +6,8 @@ import subprocess
 import pytest
 
 from clawdlets_ops.secrets.store import init_host
-from tests.integration.secrets_changes.desk import VALUES, Recording, a_project
+from tests.integration.secrets_changes.desk import VALUES, a_project
+from tests.recording import Recording
 
 
 @pytest.fixture

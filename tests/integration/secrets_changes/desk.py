@@ -8,7 +8,6 @@ import stat
 from pathlib import Path
 
 from clawdlets_ops.errors import UnreadableError
-from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
 from clawdlets_ops.secrets.observe import status
 from clawdlets_ops.secrets.store import operator_identity
@@ -25,22 +24,6 @@ HOST = {
     "tailnet": {"mode": "none"},
     "secrets": {"discord_token": {"owner": "bot-maren"}},
 }
-
-
-class Recording(LocalRunner):
-    """Keeps what it was asked to run."""
-
-    def __init__(self, environ=os.environ):
-        super().__init__(environ)
-        self.lines: list[str] = []
-
-    def run(self, command, **more):
-        self.lines.append(str(command))
-        return super().run(command, **more)
-
-    def taken(self) -> int:
-        count, self.lines = len(self.lines), []
-        return count
 
 
 def a_project(root: Path, *, hosts=("alpha",), operator="maren", operators=None, wired=None) -> Project:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.integration.secrets_init.desk import Recording, a_project
+from tests.integration.secrets_init.desk import a_project
+from tests.recording import Recording
 
 
 @pytest.fixture

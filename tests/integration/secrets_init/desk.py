@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
 from clawdlets_ops.secrets.store import (
     operator_identity,
@@ -32,23 +31,6 @@ VALUES = {name: Secret(value, name) for name, value in GIVEN.items()}
 NEEDED_FILES = 5
 KEY_FILES = 2
 needs_mkpasswd = pytest.mark.skipif(not shutil.which("mkpasswd"), reason="mkpasswd (Debian package whois) is not there")
-
-
-class Recording(LocalRunner):
-    """Keeps what it was asked to run."""
-
-    def __init__(self, environ=os.environ):
-        super().__init__(environ)
-        self.lines: list[str] = []
-
-    def run(self, command, **more):
-        self.lines.append(str(command))
-        return super().run(command, **more)
-
-    def taken(self) -> int:
-        """How many commands since the last time."""
-        count, self.lines = len(self.lines), []
-        return count
 
 
 def a_project(root: Path, *, hosts=("alpha",), operator="maren") -> Project:
