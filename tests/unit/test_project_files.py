@@ -41,7 +41,8 @@ def test_the_requirements_are_those_of_pyproject() -> None:
     # The project is installed without build isolation, so what builds it must be among the pins: also what hatchling
     # asks for only once it builds an editable install.
     build = [*PYPROJECT["build-system"]["requires"], "editables>=0.5"]
-    assert _declared("test") == sorted([*build, *project["optional-dependencies"]["test"]], key=str.lower)
+    extras = [*project["optional-dependencies"]["test"], *project["optional-dependencies"]["orchestrator"]]
+    assert _declared("test") == sorted([*build, *extras], key=str.lower)
 
 
 @pytest.mark.parametrize("name", PINNED)
