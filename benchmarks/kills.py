@@ -2,16 +2,19 @@
 
     python benchmarks/kills.py --kills 300 --hosts 3 --seed 1
 
-A round begins with an empty lab project. ``pyinfra … deploys/bootstrap.py`` over all hosts is killed with SIGKILL at a
-random instant and run again, until it ends by itself or the round has had its share of kills; then a last run must end
-well, and a further one must change nothing. Needs what ``clawdlets lab up`` needs. ``--json`` prints one object instead of
-the table. Exit status 1 when one count that must be 0 is not.
+A round begins with an empty lab project. A bootstrap of all hosts (``pyinfra … deploys/bootstrap.py`` or ``clawdlets
+bootstrap``, by chance) is killed with SIGKILL at a random instant and run again, until it ends by itself or the round has
+had its share of kills; then a last run must end well, and a further one must change nothing. Half of the kills are for the
+one process, as the kernel short of memory does it: the programs that it drives go on. Half are for all that it has
+started, as when the machine's power fails. Needs what ``clawdlets lab up`` needs. The table so far is printed after each
+round on standard error; SIGTERM or SIGINT ends the kills, lets the round converge and prints the table. ``--json`` prints
+one object instead of the table. Exit status 1 when one count that must be 0 is not.
 
 Counted, over all rounds: *duplicates* (servers that the API made beyond one for each host), *orphans* (servers,
 firewalls, keys, addresses in the emulator beyond what the fleet declares), *reinstalls* (servers rebuilt, or
 formatted again after the reboot into their own system), *plaintext keys* (private keys in the runtime
 dir outside of where they belong), *not converged* (rounds whose last run did not end verified, or whose further run
-changed something).
+changed something); and *failed runs* (that ended with an error by themselves, before the round's last one).
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -43,6 +48,10 @@ from clawdlets_ops.layout import Layout
 ROOT = Path(__file__).parents[1]
 RUN_TIMEOUT_S = 1500.0
 KILLS_A_ROUND = 12
+RUNS = {
+    "pyinfra": ("pyinfra", "-y", "inventory/lab.py", "deploys/bootstrap.py"),
+    "clawdlets": ("clawdlets", "bootstrap"),
+}
 ZERO = ("duplicates", "orphans", "reinstalls", "plaintext_keys", "not_converged")
 
 
@@ -58,7 +67,9 @@ class Tally:
     reinstalls: int = 0
     plaintext_keys: int = 0
     not_converged: int = 0
+    failed_runs: int = 0
     killed_in: Counter[str] = field(default_factory=Counter)
+    killed: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -66,8 +77,16 @@ class Tally:
 class Round:
     """One project and its lab, from nothing to converged."""
 
-    def __init__(self, folder: Path, hosts: list[str], chance: random.Random, tally: Tally, within_s: float) -> None:
-        self.within_s = within_s
+    def __init__(
+        self,
+        folder: Path,
+        hosts: list[str],
+        chance: random.Random,
+        tally: Tally,
+        within_s: float,
+        stop: threading.Event,
+    ) -> None:
+        self.within_s, self.stop = within_s, stop
         self.layout, self.hosts, self.chance, self.tally = Layout(folder), hosts, chance, tally
         # A temporary folder of our own: what a killed program leaves in it is looked at, and is nobody else's.
         self.temporary = folder.parent / "tmp"
@@ -82,7 +101,7 @@ class Round:
         control.up(self.layout, self.shell)
         try:
             for _ in range(kills):
-                if self._run_and_kill():
+                if self.stop.is_set() or self._run_and_kill():
                     break
             last = self._run()
             again = self._run()
@@ -90,33 +109,46 @@ class Round:
         finally:
             control.down(self.layout, self.shell)
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self, by: str = "pyinfra") -> subprocess.Popen[str]:
         self.tally.runs += 1
-        argv = ["pyinfra", "-y", "inventory/lab.py", "deploys/bootstrap.py"]
-        return subprocess.Popen(
-            argv, cwd=self.layout.root, env=self.shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        # To a file: what a killed run has started may go on, and keep a pipe open.
+        with (self.temporary.parent / "output").open("w") as output:
+            return subprocess.Popen(
+                RUNS[by], cwd=self.layout.root, env=self.shell, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            )  # fmt: skip
 
     def _run_and_kill(self) -> bool:
         """Whether it ended by itself before the kill came."""
-        process = self._start()
+        by, what = self.chance.choice(sorted(RUNS)), self.chance.choice(("the process", "all it started"))
+        process = self._start(by)
         # A run takes up where the one before it was killed: short spans reach the late stages too.
         after_s = self.chance.uniform(1.0, self.within_s)
         try:
-            process.communicate(timeout=after_s)
+            process.wait(timeout=after_s)
         except subprocess.TimeoutExpired:
+            started = descendants(process.pid) if what == "all it started" else []
             process.send_signal(signal.SIGKILL)
-            process.communicate()
+            for pid in started:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
             self.tally.kills += 1
+            self.tally.killed[f"{by}: {what}"] += 1
             self.tally.killed_in[self._stages()] += 1
             return False
+        if process.returncode != 0:
+            self.tally.failed_runs += 1
+            self.tally.notes.append(f"a run before the last failed by itself:\n{self._said()[-3000:]}")
         return process.returncode == 0
 
     def _run(self) -> subprocess.CompletedProcess[str]:
         process = self._start()
-        said, _ = process.communicate(timeout=RUN_TIMEOUT_S)
-        return subprocess.CompletedProcess(process.args, process.returncode, said)
+        process.wait(timeout=RUN_TIMEOUT_S)
+        return subprocess.CompletedProcess(process.args, process.returncode, self._said())
+
+    def _said(self) -> str:
+        return (self.temporary.parent / "output").read_text(errors="replace")
 
     def _stages(self) -> str:
         """Where the hosts of the newest run were."""
@@ -203,6 +235,19 @@ class Round:
             return False
 
 
+def descendants(pid: int) -> list[int]:
+    """The processes that ``pid`` has started, and those that they have, as they are now."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    found = list(children.get(pid, ()))
+    for child in found:
+        found += children.get(child, ())
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=300)
@@ -210,32 +255,40 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--within", type=float, default=45.0, help="a run is killed after 1 s to this many")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no kill after this time; 0: no limit")
+    parser.add_argument("--a-round", type=int, default=KILLS_A_ROUND, help="kills before a round's last runs")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     chance, tally = random.Random(arguments.seed), Tally()  # noqa: S311 - not for secrets
     hosts = [f"host{number}" for number in range(1, arguments.hosts + 1)]
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     began = time.monotonic()
-    while tally.kills < arguments.kills:
+    while tally.kills < arguments.kills and not stop.is_set():
         if arguments.minutes and time.monotonic() - began > arguments.minutes * 60:
             break
         folder = Path(tempfile.mkdtemp(prefix="clawdlets-kills-")).resolve()
         try:
-            Round(folder / "project", hosts, chance, tally, arguments.within).go(
-                min(KILLS_A_ROUND, arguments.kills - tally.kills)
+            Round(folder / "project", hosts, chance, tally, arguments.within, stop).go(
+                min(arguments.a_round, arguments.kills - tally.kills)
             )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         tally.rounds += 1
-        print(f"round {tally.rounds}: {tally.kills} kills, {tally.runs} runs", file=sys.stderr, flush=True)
-    tally.seconds = round(time.monotonic() - began, 1)
+        tally.seconds = round(time.monotonic() - began, 1)
+        print(table(tally), file=sys.stderr, end="\n\n", flush=True)
     print(json.dumps(vars(tally), indent=2) if arguments.json else table(tally))
     return 1 if any(getattr(tally, name) for name in ZERO) else 0
 
 
 def table(tally: Tally) -> str:
-    rows = [(name.replace("_", " "), getattr(tally, name)) for name in ("rounds", "kills", "runs", *ZERO, "seconds")]
+    rows = [
+        (name.replace("_", " "), getattr(tally, name))
+        for name in ("rounds", "kills", "runs", *ZERO, "failed_runs", "seconds")
+    ]
     rows += [(f"killed in {stage}", count) for stage, count in sorted(tally.killed_in.items())]
-    return "\n".join([*(f"{name:24}{value}" for name, value in rows), *tally.notes])
+    rows += [(f"killed {what}", count) for what, count in sorted(tally.killed.items())]
+    return "\n".join([*(f"{name:34}{value}" for name, value in rows), *tally.notes])
 
 
 if __name__ == "__main__":
