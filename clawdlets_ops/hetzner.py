@@ -140,6 +140,7 @@ class HetznerCloud:
             timeout=REQUEST_TIMEOUT_S,
         )
         self.budget: Budget | None = None
+        self._remembered: dict[str, tuple[float, Any]] = {}
         self._client._client._session.hooks["response"].append(self._note_budget)
 
     def _note_budget(self, response: requests.Response, *_: Any, **__: Any) -> None:
@@ -148,7 +149,6 @@ class HetznerCloud:
         if all(text.isascii() and text.isdigit() for text in said):
             limit, remaining, reset = map(int, said)
             self.budget = Budget(limit, remaining, reset)
-        self._remembered: dict[str, tuple[float, Any]] = {}
 
     def server(self, name: str) -> Server | None:
         """The server called ``name``, or None; one request."""

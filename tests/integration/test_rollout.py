@@ -207,6 +207,14 @@ class TestSnapshot:
         snapshot.server("h0")
         assert len(asked(journal)) == before + 3
 
+    def test_what_is_the_same_for_every_host_is_asked_once_by_a_new_client_too(self, api: Any) -> None:
+        _, _, client, journal = api
+        for _ in range(3):
+            assert client.may_write()
+            assert client.offers()
+            assert client.has_image("debian-12", "x86")
+        assert sorted(asked(journal)) == ["/v1/images", "/v1/server_types", "/v1/ssh_keys/0"]
+
     def test_it_changes_nothing(self, api: Any) -> None:
         _, _, client, _ = api
         self.make(client, ["h0"])
