@@ -200,6 +200,8 @@ def _flake(host: str, ships: Shipment) -> Finding:
     there = host in ships.configurations
     names = ", ".join(ships.configurations) or "none"
     said = f"nixosConfigurations.{host} is there" if there else f"no nixosConfigurations.{host}; there are: {names}"
+    if not there and ships.flake:
+        said = f"no nixosConfigurations.{host}: {ships.flake}"
     return _finding(
         "INSTALL-08", host, State.PASS if there else State.FAIL, said, "declare it in flake.nix, and git add"
     )

@@ -44,5 +44,5 @@ def _configurations(project: Project, runner: Runner) -> tuple[tuple[str, ...] |
     argv += [f"git+file://{root}#nixosConfigurations", "--apply", "builtins.attrNames"]
     answer = runner.run(Command(argv, "read the flake", timeout_s=EVAL_TIMEOUT_S))
     if not answer.ok:
-        return (), f"nix cannot read the flake:\n{answer.tail()}"
+        return (), f"nix cannot read the flake: {answer.tail()}"
     return tuple(str(name) for name in answer.json()), ""

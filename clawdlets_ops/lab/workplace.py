@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import shlex
+import shutil
 import string
 import sys
 from collections.abc import Callable
@@ -68,6 +69,7 @@ def write(layout: Layout, record: LabRecord, runner: Runner) -> None:
     words = [sys.executable, "-m", "clawdlets_ops.lab.real_installer", "--lab-dir", str(lab)]
     nix = f'#!/bin/sh\nPYTHONPATH={shlex.quote(source_root())} exec {shlex.join(words)} "$@"\n'
     real_installer.write(lab / "real", nix)
+    write_nix(lab, shutil.which("nix", path=record.path))
     if record.tailnet == REAL:
         words = [str(tools / "tailnet" / "tailscale"), f"--socket={lab / 'tailnet' / 'operator.sock'}"]
         write_atomic(lab / "bin" / "tailscale", f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', mode=0o755)
@@ -107,6 +109,24 @@ def _vantages_are_labs(layout: Layout) -> bool:
         return any(word.startswith("clf") and word.endswith("-out") for entry in entries for word in entry["via"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def write_nix(lab: Path, own: str | None) -> None:
+    """Where this machine has a Nix, the lab's stand-in answers what is asked of this project's flake (there is none: the
+    lab's installer reads the fleet file), and everything else goes to ``own``. Without one there is none in the lab."""
+    program = lab / "bin" / "nix"
+    if own is None:
+        program.unlink(missing_ok=True)
+        return
+    script = f"""#!/bin/sh
+for word; do
+  case $word in
+    git+file://*"#nixosConfigurations") exec {shlex.quote(str(lab / "real" / "nix"))} "$@" ;;
+  esac
+done
+exec {shlex.quote(own)} "$@"
+"""
+    write_atomic(program, script, mode=0o755)
 
 
 def _once(file: Path, make: Callable[[], str]) -> None:

@@ -71,6 +71,13 @@ CLOSED: dict[str, tuple[Host, Target | Shipment, set[str]]] = {
     "a payload of yesterday": (declared(), replace(SHIPS, payload="stale"), {"INSTALL-07"}),
     "no payload": (declared(), replace(SHIPS, payload="absent"), {"INSTALL-07"}),
     "a flake without the host": (declared(), replace(SHIPS, configurations=("beta",)), {"INSTALL-08"}),
+    "a flake that Nix cannot read": (
+        declared(),
+        replace(
+            SHIPS, configurations=(), flake="nix cannot read the flake: error: syntax error, unexpected end of file"
+        ),
+        {"INSTALL-08"},
+    ),
 }
 
 # What is observed, and is no reason to stop.
