@@ -19,16 +19,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from clawdlets_ops.declared import HostName, LabelKey, LabelValue, ResourceName, SecretName
+from clawdlets_ops.declared import Model as _Model
 from clawdlets_ops.errors import FleetError
+from clawdlets_ops.herd import OWN_LABELS, Cattle, secrets_of
 
 SCHEMA_VERSION = 1
 
-# RFC 1123 label, as systemd and Hetzner take it: at most 63 characters, letters, digits and inner dashes.
-HostName = Annotated[str, StringConstraints(pattern=r"^[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
-SecretName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 # As the operator's name is made from the login name; it names files.
 OperatorName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_][a-z0-9_-]{0,62}$")]
 UnixName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_-]{0,30}$")]
@@ -36,13 +35,8 @@ DomainName = Annotated[
     str, StringConstraints(pattern=r"^\.?(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$")
 ]
 
-ResourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?$")]
 VolumeName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?$")]
-# docs.hetzner.cloud, "Labels": an optional DNS prefix, then at most 63 characters; the same for a value, which may be empty.
-_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
-LabelKey = Annotated[str, StringConstraints(pattern=rf"^(?:[a-z0-9.-]{{1,253}}/)?{_LABEL}$")]
-LabelValue = Annotated[str, StringConstraints(pattern=rf"^(?:{_LABEL})?$")]
-RESERVED_LABELS = ("managed-by", "clawdlets-host")
+RESERVED_LABELS = OWN_LABELS
 
 # [user@]address of the tailnet; it never begins with a dash, which a program could take for an option.
 TARGET_HOST = r"^(?:[a-z_][a-z0-9_-]*@)?[A-Za-z0-9][A-Za-z0-9.:-]*$"
@@ -64,17 +58,6 @@ RESERVED_SECRETS = {
     "breakglass_password_hash": "set by every host's breakglass user",
     "tailscale_auth_key": "wired by tailnet.mode",
 }
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        alias_generator=to_camel,
-        validate_by_name=False,
-        validate_by_alias=True,
-    )
 
 
 class Volume(_Model):
@@ -295,6 +278,7 @@ class Fleet(_Model):
         default_factory=LocalState
     )
     operators: dict[OperatorName, Operator] = Field(default_factory=dict)
+    cattle: Cattle = Field(default_factory=Cattle)
 
     @field_validator("operators")
     @classmethod
@@ -309,6 +293,21 @@ class Fleet(_Model):
                     f"{first} and {name} have the same ageRecipient; every operator has a key of their own"
                 )
         return values
+
+    @model_validator(mode="after")
+    def _cattle_has_a_home(self) -> Fleet:
+        """The orchestrator is on a declared host, which is on the tailnet and has what personas are to be given."""
+        name = self.cattle.host
+        if name is None:
+            return self
+        if name not in self.hosts:
+            raise ValueError(f"cattle.host: there is no host {name}")
+        if self.cattle.enabled and self.hosts[name].tailnet.mode == "none":
+            raise ValueError(f"cattle.host: {name} is not on the tailnet, where cattle fetches its environment")
+        for secret, personas in secrets_of(self.cattle).items():
+            if secret not in self.hosts[name].secrets:
+                raise ValueError(f"cattle.personas.{personas[0]}.secrets: {name} has no secret {secret}")
+        return self
 
     def host(self, name: str) -> Host:
         """The host called ``name``; FleetError with the nearest name when there is none."""

@@ -26,6 +26,11 @@ class Layout:
         return self.root / "fleet" / "clawdlets.json"
 
     @property
+    def personas_dir(self) -> Path:
+        """A folder for each cattle persona: public files, which every machine of that persona gets."""
+        return self.root / "fleet" / "personas"
+
+    @property
     def secrets_dir(self) -> Path:
         """sops-encrypted files; safe to commit."""
         return self.root / "secrets"
@@ -182,6 +187,14 @@ ORCHESTRATOR_STATE_DIR = OnServer(
 ORCHESTRATOR_DATABASE = OnServer(
     PurePosixPath("/var/lib/clf/orchestrator/state.sqlite"), 0o600, "clf-orchestrator", "clf-orchestrator"
 )
+CATTLE_DECLARED = OnServer(PurePosixPath("/etc/clf/cattle.json"), 0o444, "root", "root")
+CATTLE_PERSONAS = OnServer(PurePosixPath("/etc/clf/cattle-personas"), 0o755, "root", "root", "directory")
+
+# On a cattle machine. What is secret is below /run, which is in memory.
+CATTLE_DIR = OnServer(PurePosixPath("/var/lib/clawdlets/cattle"), 0o755, "root", "root", "directory")
+CATTLE_RUN_DIR = OnServer(PurePosixPath("/run/clawdlets/cattle"), 0o700, "root", "root", "directory")
+CATTLE_AUTH_KEY = OnServer(CATTLE_RUN_DIR.path / "tailscale_auth_key", 0o400, "root", "root")
+CATTLE_BOOTSTRAP = OnServer(CATTLE_RUN_DIR.path / "bootstrap.json", 0o400, "root", "root")
 
 
 def secrets_dir_on_server(host: str) -> OnServer:

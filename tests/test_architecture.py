@@ -18,7 +18,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "base": frozenset(
         {"errors", "sensitive", "command", "process", "files", "journal", "finding", "lines", "sarif", "pages"}
     ),
-    "model": frozenset({"cloud", "fleet", "layout", "project"}),
+    "model": frozenset({"cloud", "declared", "herd", "fleet", "layout", "project"}),
     "tools": frozenset({"sops", "age", "mkpasswd", "hostkey", "tofu", "hetzner", "nixos_anywhere", "ssh", "tailnet"}),
     "features": frozenset({"secrets", "guard", "provision", "install", "lockdown", "verify", "runs", "doctor"}),
     "workflow": frozenset({"workflow", "rollout"}),
