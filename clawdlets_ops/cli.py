@@ -18,14 +18,13 @@ from clawdlets_ops import workflow
 from clawdlets_ops.commands import bootstrap as bootstrap_commands
 from clawdlets_ops.commands import destroy as destroy_commands
 from clawdlets_ops.commands import doctor as doctor_commands
+from clawdlets_ops.commands import fleet as fleet_commands
 from clawdlets_ops.commands import guard as guard_commands
 from clawdlets_ops.commands import runs as runs_commands
 from clawdlets_ops.commands import secrets as secrets_commands
 from clawdlets_ops.commands import verify as verify_commands
 from clawdlets_ops.errors import ClawdletsError
-from clawdlets_ops.files import write_atomic
 from clawdlets_ops.finding import State, exit_code
-from clawdlets_ops.fleet import json_schema
 from clawdlets_ops.lab import control, doctor, faults, overview
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import LocalRunner
@@ -68,6 +67,9 @@ clawdlets.add_command(verify_commands.watch)
 clawdlets.add_command(bootstrap_commands.bootstrap)
 clawdlets.add_command(runs_commands.runs)
 clawdlets.add_command(doctor_commands.doctor)
+clawdlets.add_command(fleet_commands.fleet)
+clawdlets.add_command(fleet_commands.host)
+clawdlets.add_command(fleet_commands.schema)  # as it was called before there was a group
 
 
 @clawdlets.command()
@@ -80,18 +82,6 @@ def plan(project: Project, stage: str, host: str, allow_replace: tuple[str, ...]
     """Show what a stage would do to a host now; changes nothing."""
     project = replace(project, allow_replace=frozenset(allow_replace), refresh=refresh)
     click.echo(str(workflow.plan(stage, project, host, workflow.tools_for(project))))
-
-
-@clawdlets.command()
-@click.option("--write", is_flag=True, help="Write fleet/clawdlets.schema.json instead of printing.")
-@click.pass_context
-def schema(context: click.Context, write: bool) -> None:
-    """The JSON Schema of fleet/clawdlets.json, for editors."""
-    text = json.dumps(json_schema(), indent=2) + "\n"
-    if write:
-        write_atomic(context.obj / "fleet" / "clawdlets.schema.json", text, mode=0o644)
-    else:
-        click.echo(text, nl=False)
 
 
 @clawdlets.group()

@@ -21,12 +21,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from clawdlets_ops import fleetfile
 from clawdlets_ops.declared import HostName, LabelKey, LabelValue, ResourceName, SecretName
 from clawdlets_ops.declared import Model as _Model
 from clawdlets_ops.errors import FleetError
 from clawdlets_ops.herd import OWN_LABELS, Cattle, secrets_of
-
-SCHEMA_VERSION = 1
 
 # As the operator's name is made from the login name; it names files.
 OperatorName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_][a-z0-9_-]{0,62}$")]
@@ -280,6 +279,13 @@ class Fleet(_Model):
     operators: dict[OperatorName, Operator] = Field(default_factory=dict)
     cattle: Cattle = Field(default_factory=Cattle)
 
+    @field_validator("schema_version", mode="before")
+    @classmethod
+    def _version(cls, value: object) -> object:
+        if problem := fleetfile.version_problem(value):
+            raise ValueError(problem)
+        return value
+
     @field_validator("operators")
     @classmethod
     def _somebody_and_each_once(cls, values: dict[str, Operator]) -> dict[str, Operator]:
@@ -360,14 +366,13 @@ def parse_fleet(text: str, *, where: str = "fleet/clawdlets.json") -> Fleet:
 
     ``$schema`` at the top and ``$comment`` in any object are for people and editors, and are dropped.
     """
-    try:
-        raw = json.loads(text, object_pairs_hook=_no_duplicates)
-    except ValueError as error:
-        raise FleetError(f"is not valid JSON: {error}", where=where) from error
+    raw = fleetfile.parse(text, where=where)
     if isinstance(raw, dict):
         raw.pop("$schema", None)
     try:
-        return Fleet.model_validate_json(json.dumps(_without_comments(raw)))
+        return Fleet.model_validate_json(json.dumps(fleetfile.without_comments(raw)))
+    except RecursionError:
+        raise FleetError("is nested too deeply", where=where) from None
     except ValidationError as error:
         faults = [_describe(fault) for fault in error.errors()]
         raise FleetError(
@@ -377,12 +382,7 @@ def parse_fleet(text: str, *, where: str = "fleet/clawdlets.json") -> Fleet:
 
 def load_fleet(path: Path) -> Fleet:
     """The fleet in the file ``path``; FleetError when it is missing or wrong."""
-    try:
-        return parse_fleet(path.read_text(encoding="utf-8"), where=str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise FleetError(
-            f"cannot be read: {error}", where=str(path), fix="run this in a project, or name one with --project DIR"
-        ) from error
+    return parse_fleet(fleetfile.read_text(path), where=str(path))
 
 
 def json_schema() -> dict[str, Any]:
@@ -392,30 +392,22 @@ def json_schema() -> dict[str, Any]:
     for part in [schema, *schema.get("$defs", {}).values()]:
         if part.get("type") == "object" and "properties" in part:
             part["properties"]["$comment"] = {"type": "string"}
+            for value in part["properties"].values():
+                _name_the_keys(value)
     return schema
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ValueError(f"the key {key!r} appears twice in one object")
-        seen[key] = value
-    return seen
-
-
-def _without_comments(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_comments(part) for key, part in value.items() if key != "$comment"}
-    if isinstance(value, list):
-        return [_without_comments(part) for part in value]
-    return value
+def _name_the_keys(part: dict[str, Any]) -> None:
+    """A map takes keys of its pattern and a comment, and no others: an editor then marks a wrong name at once."""
+    if part.get("patternProperties"):
+        part["properties"] = {"$comment": {"type": "string"}}
+        part["additionalProperties"] = False
 
 
 def _describe(fault: Any) -> str:
     """One fault as ``key.path: what is wrong``, with a suggestion for a misspelt key. Values are not repeated."""
     location = [part for part in fault["loc"] if part != "[key]"]
-    path = ".".join(str(part) for part in location) or "(top)"
+    path = _plain(".".join(str(part) for part in location)) or "(top)"
     if fault["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.6)
@@ -423,7 +415,12 @@ def _describe(fault: Any) -> str:
         return f"{path}: unknown key; {hint}"
     if fault["type"] == "missing":
         return f"{path}: is required"
-    return f"{path}: {fault['msg'].removeprefix('Value error, ')}"
+    return f"{path}: {_plain(fault['msg'].removeprefix('Value error, '))}"
+
+
+def _plain(text: str) -> str:
+    """``text`` for a terminal: a key or value of the file may hold anything, control characters too."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _known_keys(location: list[Any]) -> list[str]:

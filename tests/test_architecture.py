@@ -18,9 +18,11 @@ LAYERS: dict[str, frozenset[str]] = {
     "base": frozenset(
         {"errors", "sensitive", "command", "process", "files", "journal", "finding", "lines", "sarif", "pages"}
     ),
-    "model": frozenset({"cloud", "declared", "herd", "fleet", "layout", "project"}),
+    "model": frozenset({"cloud", "declared", "herd", "fleet", "fleetfile", "layout", "project"}),
     "tools": frozenset({"sops", "age", "mkpasswd", "hostkey", "tofu", "hetzner", "nixos_anywhere", "ssh", "tailnet"}),
-    "features": frozenset({"secrets", "guard", "provision", "install", "lockdown", "verify", "runs", "doctor"}),
+    "features": frozenset(
+        {"secrets", "guard", "provision", "install", "lockdown", "verify", "runs", "doctor", "declare"}
+    ),
     "workflow": frozenset({"workflow", "rollout"}),
     "surfaces": frozenset({"", "deploys", "pyinfra_plugin", "cli", "commands", "testing", "lab"}),
 }
