@@ -2,7 +2,7 @@
 
 The layers; imports point left only, and ``tests/test_architecture.py`` holds that::
 
-    base      errors sensitive command process files journal finding lines
+    base      errors sensitive command process files journal finding lines hostfiles
     model     declared herd fleetfile fleet layout project cloud
     tools     sops age mkpasswd hostkey tofu hetzner nixos_anywhere ssh tailnet     (siblings never import each other)
     features  secrets/ guard/ provision install/ lockdown verify/ runs/              (plan is pure, apply is thin)

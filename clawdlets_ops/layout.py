@@ -6,8 +6,10 @@ Source: ``security-model.md``, section "Boundaries". Three places: the public-sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+
+from clawdlets_ops import hostfiles
 
 RUNTIME_DIR = ".clawdlets"
 
@@ -171,35 +173,48 @@ class OnServer:
     kind: str = "file"
 
 
-HOST_AGE_KEY = OnServer(PurePosixPath("/var/lib/sops-nix/key.txt"), 0o400, "root", "root")
-HOST_AGE_KEY_DIR = OnServer(PurePosixPath("/var/lib/sops-nix"), 0o700, "root", "root", "directory")
-SSH_HOST_KEY = OnServer(PurePosixPath("/etc/ssh/ssh_host_ed25519_key"), 0o600, "root", "root")
-SSH_HOST_PUBLIC_KEY = OnServer(PurePosixPath("/etc/ssh/ssh_host_ed25519_key.pub"), 0o644, "root", "root")
-INSTALL_MARKER = OnServer(PurePosixPath("/var/lib/clawdlets/install.json"), 0o644, "root", "root")
-INSTALL_RECEIPT = OnServer(PurePosixPath("/var/lib/clawdlets/install-receipt.json"), 0o644, "root", "root")
-SECRETS_WIRING = OnServer(PurePosixPath("/var/lib/clawdlets/secrets-wiring.json"), 0o644, "root", "root")
-RUN_SECRETS = PurePosixPath("/run/secrets")
-CLF_RUN_DIR = OnServer(PurePosixPath("/run/clf"), 0o750, "root", "clf-bots", "directory")
-ORCHESTRATOR_SOCKET = OnServer(PurePosixPath("/run/clf/orchestrator.sock"), 0o660, "root", "clf-bots", "socket")
-ORCHESTRATOR_STATE_DIR = OnServer(
-    PurePosixPath("/var/lib/clf/orchestrator"), 0o700, "clf-orchestrator", "clf-orchestrator", "directory"
-)
-ORCHESTRATOR_DATABASE = OnServer(
-    PurePosixPath("/var/lib/clf/orchestrator/state.sqlite"), 0o600, "clf-orchestrator", "clf-orchestrator"
-)
-CATTLE_DECLARED = OnServer(PurePosixPath("/etc/clf/cattle.json"), 0o444, "root", "root")
-CATTLE_PERSONAS = OnServer(PurePosixPath("/etc/clf/cattle-personas"), 0o755, "root", "root", "directory")
+_DECLARED = hostfiles.data("paths.json")
+
+
+def _on_server(name: str) -> OnServer:
+    """As ``hostfiles/paths.json`` has it, which the NixOS modules read too. Of root where it does not say whose."""
+    said = _DECLARED[name]
+    return OnServer(
+        PurePosixPath(said["path"]),
+        int(said["mode"], 8),
+        said.get("owner", "root"),
+        said.get("group", "root"),
+        said.get("kind", "file"),
+    )
+
+
+HOST_PROGRAMS = _on_server("hostPrograms").path
+HOST_AGE_KEY = _on_server("hostAgeKey")
+HOST_AGE_KEY_DIR = _on_server("hostAgeKeyDir")
+SSH_HOST_KEY = _on_server("sshHostKey")
+SSH_HOST_PUBLIC_KEY = _on_server("sshHostPublicKey")
+INSTALL_MARKER = _on_server("installMarker")
+INSTALL_RECEIPT = _on_server("installReceipt")
+SECRETS_WIRING = _on_server("secretsWiring")
+RUN_SECRETS = _on_server("runSecrets").path
+CLF_RUN_DIR = _on_server("clfRunDir")
+ORCHESTRATOR_SOCKET = _on_server("orchestratorSocket")
+ORCHESTRATOR_STATE_DIR = _on_server("orchestratorStateDir")
+ORCHESTRATOR_DATABASE = _on_server("orchestratorDatabase")
+CATTLE_DECLARED = _on_server("cattleDeclared")
+CATTLE_PERSONAS = _on_server("cattlePersonas")
 
 # On a cattle machine. What is secret is below /run, which is in memory.
-CATTLE_DIR = OnServer(PurePosixPath("/var/lib/clawdlets/cattle"), 0o755, "root", "root", "directory")
-CATTLE_RUN_DIR = OnServer(PurePosixPath("/run/clawdlets/cattle"), 0o700, "root", "root", "directory")
-CATTLE_AUTH_KEY = OnServer(CATTLE_RUN_DIR.path / "tailscale_auth_key", 0o400, "root", "root")
-CATTLE_BOOTSTRAP = OnServer(CATTLE_RUN_DIR.path / "bootstrap.json", 0o400, "root", "root")
+CATTLE_DIR = _on_server("cattleDir")
+CATTLE_RUN_DIR = _on_server("cattleRunDir")
+CATTLE_AUTH_KEY = _on_server("cattleAuthKey")
+CATTLE_BOOTSTRAP = _on_server("cattleBootstrap")
+_SECRETS_DIRS = _on_server("secretsDirs")
 
 
 def secrets_dir_on_server(host: str) -> OnServer:
     """Where a host's encrypted files lie on the host."""
-    return OnServer(PurePosixPath(f"/var/lib/clawdlets/secrets/hosts/{host}"), 0o700, "root", "root", "directory")
+    return replace(_SECRETS_DIRS, path=_SECRETS_DIRS.path / host)
 
 
 def secret_file_on_server(host: str, name: str) -> OnServer:

@@ -22,11 +22,12 @@ from clawdlets_ops.files import ensure_dir, locked, write_atomic
 from clawdlets_ops.fleet import Host
 from clawdlets_ops.hetzner import Cloud, Server
 from clawdlets_ops.install import ADMIN
+from clawdlets_ops.layout import HOST_PROGRAMS
 from clawdlets_ops.process import Runner
 from clawdlets_ops.project import Project
 from clawdlets_ops.verify.exposure import Exposure, measure_exposure
 
-EXPOSURE = "sudo -n /run/current-system/sw/bin/clawdlets-exposure"
+EXPOSURE = f"sudo -n {HOST_PROGRAMS}/clawdlets-exposure"
 TAILNET_WITHIN_S = 120.0
 LOCK_WAIT_S = 600.0
 _STATUS = re.compile(r"^mode=(bootstrap|tailnet|public) armed=(yes|no)$")

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from clawdlets_ops import hostfiles
 from clawdlets_ops.errors import ClawdletsError, UnreachableError
 from clawdlets_ops.process import Command, Runner
 
 STATUS_TIMEOUT_S = 15.0
-MIN_KEY_LIFE = timedelta(days=30)
+MIN_KEY_LIFE = timedelta(days=hostfiles.data("tailnet.json")["minKeyLifeDays"])
 """A node whose key runs out sooner is about to leave the tailnet: nothing else is closed because of it."""
 
 

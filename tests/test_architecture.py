@@ -16,7 +16,19 @@ PACKAGE = ROOT / "clawdlets_ops"
 
 LAYERS: dict[str, frozenset[str]] = {
     "base": frozenset(
-        {"errors", "sensitive", "command", "process", "files", "journal", "finding", "lines", "sarif", "pages"}
+        {
+            "errors",
+            "sensitive",
+            "command",
+            "process",
+            "files",
+            "journal",
+            "finding",
+            "lines",
+            "sarif",
+            "pages",
+            "hostfiles",
+        }
     ),
     "model": frozenset({"cloud", "declared", "herd", "fleet", "fleetfile", "layout", "project"}),
     "tools": frozenset({"sops", "age", "mkpasswd", "hostkey", "tofu", "hetzner", "nixos_anywhere", "ssh", "tailnet"}),

@@ -33,6 +33,7 @@ from importlib import resources
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from clawdlets_ops import hostfiles
 from clawdlets_ops.errors import ClawdletsError, CommandError, LabError
 from clawdlets_ops.fleet import load_fleet
 from clawdlets_ops.lab.host_tailnet import host_files
@@ -178,12 +179,12 @@ def profile_files(layout: Layout, host: str, *, lab_dir: Path) -> dict[str, tupl
             0o644,
             b'ID=nixos\nNAME=NixOS\nPRETTY_NAME="clawdlets lab host profile (Debian in the place of NixOS)"\n',
         ),
-        "etc/ssh/sshd_config": (0o644, (shipped / "sshd_config").read_bytes()),
+        "etc/ssh/sshd_config": (0o644, hostfiles.sshd_config().encode()),
         "etc/ssh/authorized_keys.d/admin": (
             0o644,
             "".join(f"{key}\n" for key in admin_keys(layout, declared, home=str(Path.home()))).encode(),
         ),
-        "etc/sudoers.d/clawdlets": (0o440, (shipped / "sudoers").read_bytes()),
+        "etc/sudoers.d/clawdlets": (0o440, hostfiles.text("sudoers").encode()),
         "etc/clawdlets/profile.json": (0o644, json.dumps(profile, indent=2).encode()),
         "etc/clawdlets/egress": (0o644, f"{declared.egress.mode}\n".encode()),
         "etc/clawdlets/exposure-at-install": (

@@ -20,6 +20,7 @@ from clawdlets_ops.errors import BusyError, ClawdletsError, CommandTimeout, Secr
 from clawdlets_ops.files import locked
 from clawdlets_ops.hetzner import Cloud
 from clawdlets_ops.install import ADMIN
+from clawdlets_ops.layout import HOST_PROGRAMS
 from clawdlets_ops.process import Runner
 from clawdlets_ops.project import Project
 from clawdlets_ops.secrets.observe import need_files
@@ -40,7 +41,7 @@ from clawdlets_ops.secrets.vault import (
 from clawdlets_ops.sensitive import Secret
 from clawdlets_ops.sops import Sops, find_sops
 
-PROGRAM = "sudo -n /run/current-system/sw/bin/clawdlets-sync"
+PROGRAM = f"sudo -n {HOST_PROGRAMS}/clawdlets-sync"
 VERSION = 1
 ANSWERS_WITHIN_S = 900.0
 """Longer than activation, restarts, and both once more for going back can take on the host."""

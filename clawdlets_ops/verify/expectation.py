@@ -10,11 +10,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from clawdlets_ops import hostfiles
 from clawdlets_ops.errors import VerifyError
 from clawdlets_ops.fleet import Host, world_open
 from clawdlets_ops.layout import (
     HOST_AGE_KEY,
     HOST_AGE_KEY_DIR,
+    HOST_PROGRAMS,
     RUN_SECRETS,
     SSH_HOST_KEY,
     SSH_HOST_PUBLIC_KEY,
@@ -29,9 +31,9 @@ from clawdlets_ops.tailnet import MIN_KEY_LIFE, Peer
 EXPECTATION_VERSION = 1
 ADMIN = "admin"
 OPERATOR_VANTAGE = "operator"
-SYSTEM_PROGRAMS = "/run/current-system/sw/bin"
-TAILSCALE_INTERFACE = "tailscale0"
-TAILSCALE_UDP_PORT = 41641
+SYSTEM_PROGRAMS = str(HOST_PROGRAMS)
+TAILSCALE_INTERFACE: str = hostfiles.data("tailnet.json")["interface"]
+TAILSCALE_UDP_PORT: int = hostfiles.data("tailnet.json")["udpPort"]
 DROPPED_TCP_PORTS = (25, 465, 587, 2525)
 PASSWORD_HASH_SUFFIX = "_password_hash"  # noqa: S105 - the end of a name
 # What clawdlets-facts asks sshd about: users that exist and one that does not; loopback, tailnet, internet on both families.
