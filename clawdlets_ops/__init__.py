@@ -5,9 +5,9 @@ The layers; imports point left only, and ``tests/test_architecture.py`` holds th
     base      errors sensitive command process files journal finding lines hostfiles
     model     declared herd fleetfile fleet layout project cloud
     tools     sops age mkpasswd hostkey tofu hetzner nixos_anywhere ssh tailnet     (siblings never import each other)
-    features  secrets/ guard/ provision install/ lockdown verify/ runs/              (plan is pure, apply is thin)
+    features  secrets/ guard/ provision install/ lockdown verify/ runs/ declare orchestrator/
     workflow  workflow rollout/                                                     (the order of the stages; many hosts)
-    surfaces  cli commands/ deploys pyinfra_plugin/ testing lab/
+    surfaces  cli clf clf_orchestrator commands/ deploys pyinfra_plugin/ testing lab/
 
 The public names below are looked up when they are first asked for: importing one module does not load the clients of all.
 """

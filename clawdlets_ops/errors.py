@@ -16,6 +16,8 @@ ClawdletsError
 ├── HostKeyError          a host answered with another key than the pinned one
 ├── LockdownError         lockdown stopped; says what is open and what is closed now
 ├── VerifyError           the verification did not pass, or could not run
+├── OrchestratorError     clf-orchestrator refused, or cannot run as it is set up
+│   └── StoreError        … its database is locked, full, damaged, too new, or open to others (reason)
 ├── BusyError             somebody else holds the lock
 └── LabError              the lab could not do what it was asked
 """
@@ -103,6 +105,19 @@ class LockdownError(ClawdletsError):
 
 class VerifyError(ClawdletsError):
     """The verification did not pass, or could not run."""
+
+
+class OrchestratorError(ClawdletsError):
+    """clf-orchestrator refused, or cannot run as it is set up."""
+
+
+class StoreError(OrchestratorError):
+    """The orchestrator's database cannot be used. ``reason`` is one word: busy, full, readonly, io, corrupt, unknown,
+    modes, unreachable, refused, closed."""
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "", reason: str) -> None:
+        self.reason = reason
+        super().__init__(what, where=where, fix=fix)
 
 
 class BusyError(ClawdletsError):

@@ -170,6 +170,21 @@ class SecretWiring(_Model):
     mode: Annotated[str, StringConstraints(pattern=r"^0[46]00$|^0[46]40$")] = "0400"
 
 
+class Orchestrator(_Model):
+    """clf-orchestrator on this host, which the bots ask for work over ``/run/clf/orchestrator.sock``.
+
+    ``store: postgresql`` reads its URL from the secret ``clf_database_url``. ``bootstrapPort`` is on the tailnet address
+    only. Members of ``operatorsGroup`` see and cancel every job; a bot its own.
+    """
+
+    enable: bool = False
+    store: Literal["sqlite", "postgresql"] = "sqlite"
+    bootstrap_port: Annotated[int, Field(ge=1024, le=65535)] = 18337
+    operators_group: UnixName = "clf-operators"
+    workers: Annotated[int, Field(ge=1, le=64)] = 2
+    keep_days: Annotated[int, Field(ge=1, le=365)] = 7
+
+
 class Host(_Model):
     """One host of the fleet."""
 
@@ -183,6 +198,7 @@ class Host(_Model):
     target_host: Annotated[str, StringConstraints(pattern=TARGET_HOST)] | None = None
     egress: Egress = Field(default_factory=Egress)
     secrets: dict[SecretName, SecretWiring] = Field(default_factory=dict)
+    orchestrator: Orchestrator = Field(default_factory=Orchestrator)
 
     @field_validator("disk_device")
     @classmethod
@@ -216,6 +232,14 @@ class Host(_Model):
             raise ValueError("no admin key: give sshAuthorizedKeys, provisioning.sshPubkeyFile, or both")
         if not self.provisioning.admin_cidrs:
             raise ValueError("provisioning.adminCidrs is empty: nobody could reach the host to install it")
+        if self.orchestrator.enable and self.tailnet.mode == "none":
+            raise ValueError("orchestrator.enable needs a tailnet: machines fetch their environment over it")
+        if (
+            self.orchestrator.enable
+            and self.orchestrator.store == "postgresql"
+            and "clf_database_url" not in self.secrets
+        ):
+            raise ValueError("orchestrator.store postgresql needs clf_database_url among the host's secrets")
         return self
 
 

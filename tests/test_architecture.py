@@ -33,10 +33,12 @@ LAYERS: dict[str, frozenset[str]] = {
     "model": frozenset({"cloud", "declared", "herd", "fleet", "fleetfile", "layout", "project"}),
     "tools": frozenset({"sops", "age", "mkpasswd", "hostkey", "tofu", "hetzner", "nixos_anywhere", "ssh", "tailnet"}),
     "features": frozenset(
-        {"secrets", "guard", "provision", "install", "lockdown", "verify", "runs", "doctor", "declare"}
+        {"secrets", "guard", "provision", "install", "lockdown", "verify", "runs", "doctor", "declare", "orchestrator"}
     ),
     "workflow": frozenset({"workflow", "rollout"}),
-    "surfaces": frozenset({"", "deploys", "pyinfra_plugin", "cli", "commands", "testing", "lab"}),
+    "surfaces": frozenset(
+        {"", "deploys", "pyinfra_plugin", "cli", "clf", "clf_orchestrator", "commands", "testing", "lab"}
+    ),
 }
 ORDER = list(LAYERS)
 
@@ -47,15 +49,28 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "fabric": frozenset({"ssh"}),
     "paramiko": frozenset({"ssh"}),
     "invoke": frozenset({"ssh"}),
-    "socket": frozenset({"ssh", "lab", "verify"}),  # verify: only probe.py, the script that is sent to a vantage
+    # verify: only probe.py, the script that is sent to a vantage
+    "socket": frozenset({"ssh", "lab", "verify", "orchestrator"}),
     "pyinfra": frozenset({"pyinfra_plugin", "deploys"}),
     "testinfra": frozenset({"verify"}),
     "pytest": frozenset({"verify"}),
     "sqlite3": frozenset(),
-    "sqlalchemy": frozenset(),
+    "sqlalchemy": frozenset({"orchestrator"}),
+    "starlette": frozenset({"orchestrator"}),
+    "uvicorn": frozenset({"orchestrator"}),
 }
 # The lab's modules that are programs of their own, started with an environment and no caller.
-READS_ENVIRONMENT = frozenset({"cli.py", "lab/installer.py", "lab/real_installer.py", "lab/daemon.py", "lab/demo.py"})
+READS_ENVIRONMENT = frozenset(
+    {
+        "cli.py",
+        "clf.py",
+        "clf_orchestrator.py",
+        "lab/installer.py",
+        "lab/real_installer.py",
+        "lab/daemon.py",
+        "lab/demo.py",
+    }
+)
 # Programs for the lab's guests: they run on the host, without this package.
 GUEST_PROGRAMS = PACKAGE / "lab" / "profile"
 

@@ -1,0 +1,18 @@
+"""clf-orchestrator: bots ask for work over a unix socket, and never hold the key that does it.
+
+    jobs       what a job is, what a kind of job needs (validate, handler, clean-up), what a handler is given    [pure]
+    clock      wall-clock milliseconds that do not jump while the process lives
+    store      the database: file modes, schema and its version, one writer with group commit, errors in words
+    queue      jobs in the store: enqueue, lease, heartbeat, complete, fail, cancel, prune
+    tokens     one-time tokens in the store: issue, bind, redeem
+    identity   who asks, from the socket's own credentials
+    payloads   what a bot may ask of cattle, judged against a policy                                            [pure]
+    app        the unix socket's API (ASGI)
+    bootstrap  the tailnet listener's API (ASGI): a machine's environment and its result
+    vending    the variables that a machine may have, read from systemd credentials or /run/secrets
+    serving    uvicorn with bounds on connections, and the sockets
+    worker     leases jobs and runs their handlers
+    client     a bot's side of the socket
+
+SQL is in ``store``, ``queue`` and ``tokens`` and nowhere else.
+"""

@@ -1,0 +1,493 @@
+"""Jobs in the store: enqueue, lease, heartbeat, complete, fail, cancel, prune.
+
+Semantics, where they differ from the peer's (facts, section 7.5): a lease that ran out counts as an attempt, so a job whose
+workers die is dead after ``max_attempts``; what a worker says counts only under the lease it holds; a running job is canceled by
+its worker, after its clean-up; an idempotency key is bound to its payload, for a day.
+
+The clock is passed in. Several workers share one SQLite file through one process, or one PostgreSQL through many
+(``FOR UPDATE SKIP LOCKED``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, RowMapping
+
+from clawdlets_ops.orchestrator.jobs import (
+    BACKOFF_MAX_MS,
+    FINISHED,
+    LEASE_MAX_S,
+    LEASE_MIN_S,
+    MAX_ATTEMPTS,
+    Clock,
+    Event,
+    Job,
+    Json,
+    Status,
+    backoff_ms,
+)
+from clawdlets_ops.orchestrator.store import Refusal, Store, events, jobs
+
+IDEMPOTENCY_WINDOW_MS = 24 * 3600 * 1000
+KEEP_MS = 7 * 24 * 3600 * 1000
+JUMP_GUARD_MS = LEASE_MAX_S * 1000 + 60_000
+"""A lease further in the future than this was given before the clock was set back, and has run out."""
+ERROR_CHARS = 500
+
+
+class IdempotencyConflict(Refusal):
+    """The key was used for another payload within the last day."""
+
+
+class TooMany(Refusal):
+    """The requester, or all together, have as many unfinished jobs of this kind as they may."""
+
+
+class NoSuchJob(Refusal):
+    """There is none, or none that this requester may see."""
+
+
+class NotCancelable(Refusal):
+    """The job has ended; ``status`` says how."""
+
+    def __init__(self, status: str) -> None:
+        self.status = status
+        super().__init__(status)
+
+
+class Ack(Enum):
+    """What became of a worker's word about a job."""
+
+    TAKEN = "taken"
+    LEASE_LOST = "lease lost"
+    CANCEL_REQUESTED = "cancel requested"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a prune removed."""
+
+    jobs: int
+
+
+class Queue:
+    """Jobs in ``store``, by ``clock``."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+
+    # --- asking ---
+
+    def enqueue(self, kind: str, payload: Mapping[str, Json], *, requester: str, **how: Any) -> str:
+        """The id of the new job, or of the same one asked for before; durable. See ``submit`` for ``how``."""
+        return self.submit(kind, payload, requester=requester, **how)[1].result()
+
+    def submit(
+        self,
+        kind: str,
+        payload: Mapping[str, Json],
+        *,
+        requester: str,
+        idempotency_key: str = "",
+        priority: int = 0,
+        run_at: int | None = None,
+        max_attempts: int = 3,
+        max_unfinished: int | None = None,
+        max_unfinished_in_all: int | None = None,
+    ) -> tuple[str, Future[str]]:
+        """A job id, and the future of the id that counts once it is durable.
+
+        IdempotencyConflict or TooMany through the future. ``run_at`` in ms; None is now.
+        """
+        now = self._clock()
+        job_id = str(uuid.uuid4())
+        text = json.dumps(payload, separators=(",", ":"), ensure_ascii=False)
+        row = {
+            "job_id": job_id,
+            "kind": kind,
+            "payload_json": text,
+            "payload_digest": _digest(kind, payload),
+            "requester": requester,
+            "idempotency_key": idempotency_key,
+            "status": Status.QUEUED.value,
+            "priority": priority,
+            "run_at": now if run_at is None else run_at,
+            "created_at": now,
+            "updated_at": now,
+            "attempt": 0,
+            "max_attempts": max(1, min(max_attempts, MAX_ATTEMPTS)),
+        }
+        first = {"job_id": job_id, "at": now, "type": "enqueue", "message": "", "attempt": 0}
+
+        def checked(connection: Connection) -> str:
+            if idempotency_key:
+                same = _bound_to_key(connection, requester, idempotency_key, now)
+                if same is not None:
+                    if same["payload_digest"] != row["payload_digest"]:
+                        raise IdempotencyConflict(same["job_id"])
+                    return str(same["job_id"])
+            _within_caps(connection, kind, requester, max_unfinished, max_unfinished_in_all)
+            connection.execute(jobs.insert(), row)
+            connection.execute(events.insert(), first)
+            return job_id
+
+        if idempotency_key or max_unfinished is not None or max_unfinished_in_all is not None:
+            return job_id, self._store.submit(checked)
+        plain: Future[str] = Future()
+        self._store.submit([(jobs, row), (events, first)]).add_done_callback(lambda done: _pass_on(done, plain, job_id))
+        return job_id, plain
+
+    def get(self, job_id: str, *, requester: str | None = None) -> Job:
+        """The job; NoSuchJob also when it is another's and ``requester`` is named."""
+        row = self._store.read(lambda connection: _row(connection, job_id))
+        if row is None or (requester is not None and row["requester"] != requester):
+            raise NoSuchJob(job_id)
+        return _job(row)
+
+    def list_jobs(
+        self,
+        *,
+        requester: str | None = None,
+        statuses: Sequence[Status] = (),
+        kinds: Sequence[str] = (),
+        limit: int = 50,
+    ) -> list[Job]:
+        """The newest jobs first; empty filters mean all."""
+        query = sa.select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.job_id).limit(limit)
+        if requester is not None:
+            query = query.where(jobs.c.requester == requester)
+        if statuses:
+            query = query.where(jobs.c.status.in_([status.value for status in statuses]))
+        if kinds:
+            query = query.where(jobs.c.kind.in_(list(kinds)))
+        return self._store.read(lambda connection: [_job(row) for row in connection.execute(query).mappings()])
+
+    def events(self, job_id: str) -> list[Event]:
+        """What happened to a job, in order."""
+        query = sa.select(events).where(events.c.job_id == job_id).order_by(events.c.id)
+        return self._store.read(
+            lambda connection: [
+                Event(row["at"], row["type"], row["message"], row["attempt"])
+                for row in connection.execute(query).mappings()
+            ]
+        )
+
+    def cancel(self, job_id: str, *, requester: str | None = None, by: str = "") -> None:
+        """A job that no worker ever had is canceled at once; else its worker, or the next one, cleans up and cancels it.
+
+        NoSuchJob, or NotCancelable when it has ended. Asked twice, the second changes nothing.
+        """
+        now = self._clock()
+
+        def operation(connection: Connection) -> None:
+            row = _row(connection, job_id, lock=True)
+            if row is None or (requester is not None and row["requester"] != requester):
+                raise NoSuchJob(job_id)
+            if row["status"] in FINISHED:
+                raise NotCancelable(row["status"])
+            if row["cancel_requested_at"] is not None:
+                return
+            if row["status"] == Status.QUEUED and row["attempt"] == 0:
+                changes: dict[str, Any] = {"status": Status.CANCELED.value, "finished_at": now}
+            else:
+                changes = {"cancel_requested_at": now}
+                if row["status"] == Status.QUEUED:
+                    changes["run_at"] = now
+            _change(connection, job_id, now, **changes)
+            _event(connection, job_id, now, "cancel", f"asked for by {by or row['requester']}", row["attempt"])
+
+        self._store.write(operation)
+
+    # --- working ---
+
+    def lease(self, worker: str, kinds: Mapping[str, int]) -> Job | None:
+        """The next due job of one of ``kinds`` (name → seconds of the lease), now this worker's; None when none is due.
+
+        Jobs whose last attempt's lease ran out are declared dead on the way.
+        """
+        now = self._clock()
+
+        def operation(connection: Connection) -> Job | None:
+            for spent in connection.execute(_spent(now)).mappings().all():
+                _bury(connection, spent, now)
+            due = sa.and_(
+                jobs.c.status == Status.QUEUED.value,
+                sa.or_(
+                    jobs.c.run_at <= now,
+                    # a retry is never put off further than the longest backoff: the clock was set back
+                    sa.and_(jobs.c.attempt > 0, jobs.c.run_at > now + BACKOFF_MAX_MS),
+                ),
+            )
+            candidate = (
+                sa.select(jobs)
+                .where(sa.or_(due, _lease_ran_out(now)), jobs.c.attempt < jobs.c.max_attempts)
+                .where(jobs.c.kind.in_(list(kinds)))
+                .order_by(jobs.c.priority.desc(), jobs.c.run_at, jobs.c.created_at, jobs.c.job_id)
+                .limit(1)
+                .with_for_update(skip_locked=True)
+            )
+            row = connection.execute(candidate).mappings().first()
+            if row is None:
+                return None
+            lease_s = max(LEASE_MIN_S, min(kinds[row["kind"]], LEASE_MAX_S))
+            changes = {
+                "status": Status.RUNNING.value,
+                "attempt": row["attempt"] + 1,
+                "worker": worker,
+                "lease_id": str(uuid.uuid4()),
+                "lease_until": now + lease_s * 1000,
+            }
+            if row["status"] == Status.RUNNING:
+                message = f"the lease of {row['worker']} ran out"
+                _event(connection, row["job_id"], now, "expire", message, row["attempt"])
+            _change(connection, row["job_id"], now, **changes)
+            _event(connection, row["job_id"], now, "claim", worker, row["attempt"] + 1)
+            return _job({**row, **changes, "updated_at": now})
+
+        return self._store.write(operation)
+
+    def heartbeat(self, job: Job, lease_s: int) -> Ack:
+        """Hold the job for another ``lease_s`` seconds; says whether it is still ours and whether it is to be canceled."""
+        now = self._clock()
+        until = now + max(LEASE_MIN_S, min(lease_s, LEASE_MAX_S)) * 1000
+
+        def operation(connection: Connection) -> Ack:
+            row = _held(connection, job)
+            if row is None:
+                return Ack.LEASE_LOST
+            connection.execute(jobs.update().where(jobs.c.job_id == job.job_id).values(lease_until=until))
+            return Ack.TAKEN if row["cancel_requested_at"] is None else Ack.CANCEL_REQUESTED
+
+        return self._store.write(operation)
+
+    def remember(self, job: Job, facts: Mapping[str, Json]) -> Mapping[str, Json] | None:
+        """Merge ``facts`` into the job's state and return the whole; None when the lease is lost."""
+        now = self._clock()
+
+        def operation(connection: Connection) -> Mapping[str, Json] | None:
+            row = _held(connection, job)
+            if row is None:
+                return None
+            state = {**json.loads(row["state_json"]), **facts}
+            _change(connection, job.job_id, now, state_json=json.dumps(state, separators=(",", ":")))
+            return state
+
+        return self._store.write(operation)
+
+    def note(self, job: Job, message: str) -> None:
+        """An event of the job, for people."""
+        now = self._clock()
+        self._store.write(
+            lambda connection: _event(connection, job.job_id, now, "note", message[:ERROR_CHARS], job.attempt)
+        )
+
+    def complete(self, job: Job, result: Json) -> Ack:
+        """The job is done. CANCEL_REQUESTED: it is not, clean up and call ``canceled``."""
+        now = self._clock()
+
+        def operation(connection: Connection) -> Ack:
+            row = _held(connection, job)
+            if row is None:
+                return Ack.LEASE_LOST
+            if row["cancel_requested_at"] is not None:
+                return Ack.CANCEL_REQUESTED
+            text = None if result is None else json.dumps(result, separators=(",", ":"))
+            _finish(connection, job.job_id, now, Status.DONE, result_json=text, last_error="")
+            _event(connection, job.job_id, now, "ack", "", job.attempt)
+            return Ack.TAKEN
+
+        return self._store.write(operation)
+
+    def canceled(self, job: Job, message: str = "") -> Ack:
+        """The job was canceled and nothing of it is left."""
+        return self._end(job, Status.CANCELED, "cancel", message)
+
+    def fail(self, job: Job, error: str, *, retry: bool = True, after_ms: int | None = None) -> Ack:
+        """The attempt failed: tried again after a backoff while attempts are left (and ``retry``), else it is dead."""
+        if not retry:
+            return self._end(job, Status.FAILED, "fail", error)
+        if job.attempt >= job.max_attempts:
+            return self._end(job, None, "dead", error)
+        wait_ms = backoff_ms(job.attempt) if after_ms is None else max(0, min(after_ms, BACKOFF_MAX_MS))
+        return self._requeue(job, "retry", error, wait_ms, job.attempt)
+
+    def release(self, job: Job) -> Ack:
+        """The worker is being stopped: the job is due again at once, and the attempt does not count."""
+        return self._requeue(job, "release", "the worker is being stopped", 0, job.attempt - 1)
+
+    def _requeue(self, job: Job, event: str, message: str, wait_ms: int, attempt: int) -> Ack:
+        now = self._clock()
+
+        def operation(connection: Connection) -> Ack:
+            if _held(connection, job) is None:
+                return Ack.LEASE_LOST
+            _change(
+                connection,
+                job.job_id,
+                now,
+                status=Status.QUEUED.value,
+                run_at=now + wait_ms,
+                attempt=attempt,
+                last_error=message[:ERROR_CHARS] if event == "retry" else job.last_error,
+                lease_id=None,
+                lease_until=None,
+                worker=None,
+            )
+            _event(connection, job.job_id, now, event, message[:ERROR_CHARS], job.attempt)
+            return Ack.TAKEN
+
+        return self._store.write(operation)
+
+    def put_task_result(self, job_id: str, result: Json) -> None:
+        """What the job's machine sent back; the first counts. NoSuchJob when there is none."""
+        now = self._clock()
+        text = json.dumps(result, separators=(",", ":"))
+
+        def operation(connection: Connection) -> None:
+            row = _row(connection, job_id, lock=True)
+            if row is None:
+                raise NoSuchJob(job_id)
+            if row["task_result_json"] is None:
+                _change(connection, job_id, now, task_result_json=text)
+                _event(connection, job_id, now, "result", f"{len(text.encode())} bytes", row["attempt"])
+
+        self._store.write(operation)
+
+    def prune(self, *, keep_ms: int = KEEP_MS) -> Pruned:
+        """Forget jobs that ended more than ``keep_ms`` ago (never within the idempotency window), with their events."""
+        before = self._clock() - max(keep_ms, IDEMPOTENCY_WINDOW_MS)
+        statement = jobs.delete().where(jobs.c.finished_at.is_not(None), jobs.c.finished_at < before)
+        removed = self._store.write(lambda connection: connection.execute(statement).rowcount)
+        return Pruned(int(removed))
+
+    def _end(self, job: Job, status: Status | None, event: str, message: str) -> Ack:
+        now = self._clock()
+
+        def operation(connection: Connection) -> Ack:
+            row = _held(connection, job)
+            if row is None:
+                return Ack.LEASE_LOST
+            asked = row["cancel_requested_at"] is not None
+            ended = status or (Status.CANCELED if asked else Status.FAILED)
+            _finish(connection, job.job_id, now, ended, last_error=message[:ERROR_CHARS])
+            _event(connection, job.job_id, now, event, message[:ERROR_CHARS], job.attempt)
+            return Ack.TAKEN
+
+        return self._store.write(operation)
+
+
+def _digest(kind: str, payload: Mapping[str, Json]) -> str:
+    canonical = json.dumps([kind, payload], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _pass_on(done: Future[Any], onwards: Future[str], job_id: str) -> None:
+    error = done.exception()
+    if error is None:
+        onwards.set_result(job_id)
+    else:
+        onwards.set_exception(error)
+
+
+def _row(connection: Connection, job_id: str, *, lock: bool = False) -> RowMapping | None:
+    query = sa.select(jobs).where(jobs.c.job_id == job_id)
+    return connection.execute(query.with_for_update() if lock else query).mappings().first()
+
+
+def _held(connection: Connection, job: Job) -> RowMapping | None:
+    """The job's row, if ``job``'s lease is the one that counts. A lease that ran out counts until somebody else has it."""
+    query = sa.select(jobs).where(
+        jobs.c.job_id == job.job_id, jobs.c.lease_id == job.lease_id, jobs.c.status == Status.RUNNING.value
+    )
+    return connection.execute(query.with_for_update()).mappings().first()
+
+
+def _lease_ran_out(now: int) -> sa.ColumnElement[bool]:
+    return sa.and_(
+        jobs.c.status == Status.RUNNING.value,
+        sa.or_(jobs.c.lease_until <= now, jobs.c.lease_until > now + JUMP_GUARD_MS),
+    )
+
+
+def _spent(now: int) -> sa.Select[Any]:
+    query = sa.select(jobs).where(_lease_ran_out(now), jobs.c.attempt >= jobs.c.max_attempts)
+    return query.with_for_update(skip_locked=True)
+
+
+def _bury(connection: Connection, row: RowMapping, now: int) -> None:
+    """The last attempt's worker is gone: the job is dead, or canceled when that was asked for."""
+    message = f"the worker was lost in attempt {row['attempt']} of {row['max_attempts']}"
+    ended = Status.FAILED if row["cancel_requested_at"] is None else Status.CANCELED
+    _finish(connection, row["job_id"], now, ended, last_error=message)
+    _event(connection, row["job_id"], now, "dead", message, row["attempt"])
+
+
+def _change(connection: Connection, job_id: str, now: int, **values: Any) -> None:
+    connection.execute(jobs.update().where(jobs.c.job_id == job_id).values(updated_at=now, **values))
+
+
+def _finish(connection: Connection, job_id: str, now: int, status: Status, **values: Any) -> None:
+    _change(connection, job_id, now, status=status.value, finished_at=now, lease_id=None, lease_until=None, **values)
+
+
+def _event(connection: Connection, job_id: str, now: int, kind: str, message: str, attempt: int) -> None:
+    row = {"job_id": job_id, "at": now, "type": kind, "message": message, "attempt": attempt}
+    connection.execute(events.insert(), row)
+
+
+def _bound_to_key(connection: Connection, requester: str, key: str, now: int) -> RowMapping | None:
+    """The job that the key stands for; after a day the key is free again. A key from the future is of a clock set back."""
+    mine = sa.and_(jobs.c.requester == requester, jobs.c.idempotency_key == key)
+    row = connection.execute(sa.select(jobs).where(mine)).mappings().first()
+    if row is not None and row["created_at"] <= now - IDEMPOTENCY_WINDOW_MS:
+        connection.execute(jobs.update().where(mine).values(idempotency_key=""))
+        return None
+    return row
+
+
+def _within_caps(connection: Connection, kind: str, requester: str, mine: int | None, everyones: int | None) -> None:
+    unfinished = (
+        sa.select(sa.func.count())
+        .select_from(jobs)
+        .where(jobs.c.kind == kind, jobs.c.status.in_([Status.QUEUED.value, Status.RUNNING.value]))
+    )
+    if mine is not None and connection.execute(unfinished.where(jobs.c.requester == requester)).scalar_one() >= mine:
+        raise TooMany(f"{requester} has {mine} unfinished {kind} jobs, which is the most")
+    if everyones is not None and connection.execute(unfinished).scalar_one() >= everyones:
+        raise TooMany(f"there are {everyones} unfinished {kind} jobs, which is the most")
+
+
+def _job(row: Mapping[str, Any] | RowMapping) -> Job:
+    return Job(
+        job_id=row["job_id"],
+        kind=row["kind"],
+        payload=json.loads(row["payload_json"]),
+        requester=row["requester"],
+        idempotency_key=row["idempotency_key"],
+        status=Status(row["status"]),
+        priority=row["priority"],
+        run_at=row["run_at"],
+        created_at=row["created_at"],
+        updated_at=row["updated_at"],
+        attempt=row["attempt"],
+        max_attempts=row["max_attempts"],
+        lease_id=row["lease_id"],
+        lease_until=row["lease_until"],
+        worker=row["worker"],
+        cancel_requested=row["cancel_requested_at"] is not None,
+        last_error=row["last_error"],
+        result=None if row["result_json"] is None else json.loads(row["result_json"]),
+        state=json.loads(row["state_json"]),
+        finished_at=row["finished_at"],
+        task_result=None if row["task_result_json"] is None else json.loads(row["task_result_json"]),
+    )
