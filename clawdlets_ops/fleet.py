@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from clawdlets_ops import fleetfile
+from clawdlets_ops.bots import Bots, Egress, bot_user
 from clawdlets_ops.declared import HostName, LabelKey, LabelValue, ResourceName, SecretName
 from clawdlets_ops.declared import Model as _Model
 from clawdlets_ops.errors import FleetError
@@ -30,9 +31,6 @@ from clawdlets_ops.herd import OWN_LABELS, Cattle, secrets_of
 # As the operator's name is made from the login name; it names files.
 OperatorName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_][a-z0-9_-]{0,62}$")]
 UnixName = Annotated[str, StringConstraints(pattern=r"^[a-z_][a-z0-9_-]{0,30}$")]
-DomainName = Annotated[
-    str, StringConstraints(pattern=r"^\.?(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$")
-]
 
 VolumeName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?$")]
 RESERVED_LABELS = OWN_LABELS
@@ -149,19 +147,6 @@ class Tailnet(_Model):
     allow_udp_ingress: bool = True
 
 
-class Egress(_Model):
-    """What bots may reach. ``smtp-only`` drops outbound 25, 465, 587 and 2525 and nothing else."""
-
-    mode: Literal["smtp-only", "proxy-allowlist", "none"] = "smtp-only"
-    allowed_domains: tuple[DomainName, ...] = ()
-
-    @model_validator(mode="after")
-    def _domains_where_used(self) -> Egress:
-        if self.mode == "proxy-allowlist" and not self.allowed_domains:
-            raise ValueError("egress.mode proxy-allowlist needs at least one entry in allowedDomains")
-        return self
-
-
 class SecretWiring(_Model):
     """Who may read a secret once it is decrypted to ``/run/secrets/<name>``: a service user, made when missing."""
 
@@ -199,6 +184,7 @@ class Host(_Model):
     egress: Egress = Field(default_factory=Egress)
     secrets: dict[SecretName, SecretWiring] = Field(default_factory=dict)
     orchestrator: Orchestrator = Field(default_factory=Orchestrator)
+    bots: Bots = Field(default_factory=dict)
 
     @field_validator("disk_device")
     @classmethod
@@ -241,6 +227,31 @@ class Host(_Model):
         ):
             raise ValueError("orchestrator.store postgresql needs clf_database_url among the host's secrets")
         return self
+
+    @model_validator(mode="after")
+    def _bots_fit(self) -> Host:
+        for name, bot in self.bots.items():
+            self.egress_of(name)
+            for secret in bot.secrets:
+                if secret not in self.secrets:
+                    raise ValueError(f"bots.{name}.secrets names {secret}, which is not among the host's secrets")
+                if self.secrets[secret].owner != bot_user(name):
+                    raise ValueError(
+                        f"bots.{name}.secrets names {secret}, whose owner is {self.secrets[secret].owner}; "
+                        f"set secrets.{secret}.owner to {bot_user(name)}"
+                    )
+        return self
+
+    def egress_of(self, bot: str) -> Egress:
+        """What holds for one bot: its own words, and the host's where it has none. ValueError: a mode without its domains."""
+        own = self.bots[bot].egress
+        mode = own.mode or self.egress.mode
+        domains = self.egress.allowed_domains if own.allowed_domains is None else own.allowed_domains
+        if mode == "proxy-allowlist" and not domains:
+            raise ValueError(
+                f"bots.{bot}.egress: mode proxy-allowlist needs an entry in allowedDomains, here or at the host"
+            )
+        return Egress.model_construct(mode=mode, allowed_domains=domains)
 
 
 class Operator(_Model):

@@ -30,7 +30,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "hostfiles",
         }
     ),
-    "model": frozenset({"cloud", "declared", "herd", "fleet", "fleetfile", "layout", "project"}),
+    "model": frozenset({"cloud", "declared", "herd", "bots", "fleet", "fleetfile", "layout", "project", "egress"}),
     "tools": frozenset({"sops", "age", "mkpasswd", "hostkey", "tofu", "hetzner", "nixos_anywhere", "ssh", "tailnet"}),
     "features": frozenset(
         {"secrets", "guard", "provision", "install", "lockdown", "verify", "runs", "doctor", "declare", "orchestrator"}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from clawdlets_ops import hostfiles
+from clawdlets_ops.egress import DROPPED_TCP_PORTS
 from clawdlets_ops.errors import VerifyError
 from clawdlets_ops.fleet import Host, world_open
 from clawdlets_ops.layout import (
@@ -34,7 +35,6 @@ OPERATOR_VANTAGE = "operator"
 SYSTEM_PROGRAMS = str(HOST_PROGRAMS)
 TAILSCALE_INTERFACE: str = hostfiles.data("tailnet.json")["interface"]
 TAILSCALE_UDP_PORT: int = hostfiles.data("tailnet.json")["udpPort"]
-DROPPED_TCP_PORTS = (25, 465, 587, 2525)
 PASSWORD_HASH_SUFFIX = "_password_hash"  # noqa: S105 - the end of a name
 # What clawdlets-facts asks sshd about: users that exist and one that does not; loopback, tailnet, internet on both families.
 SSHD_USERS = (ADMIN, "breakglass", "nobody-such", "root")
