@@ -28,6 +28,7 @@ from clawdlets_ops.verify import host as verify_host
 STAGES = ("payload", "provision", "install", "lockdown", "verify")
 LATER = ("secrets",)
 """What is done to a running host, and is no part of its bootstrap."""
+SEEN_BY_VERIFY = "as declared, by the verification's account"
 
 
 class Snapshot(Cloud, Protocol):
@@ -122,21 +123,31 @@ def apply(stage: str, project: Project, host: str, tools: Tools) -> Outcome:
     """Do ``stage`` to ``host``. Raises a ClawdletsError; doing it again goes on from where it stopped."""
     started = time.monotonic()
     with tools.journal.stage(host, stage) as say:
-        noting = replace(tools, runner=NotingRunner(tools.runner, tools.journal, host))
-        changed, text = _apply(stage, project, host, noting, say)
+        changed, text = _apply(stage, project, host, _noting(tools, host), say)
     return Outcome(stage, host, changed, text, round(time.monotonic() - started, 3))
 
 
 def bootstrap(
-    project: Project, host: str, tools: Tools | None = None, *, snapshot: Snapshot | None = None
+    project: Project,
+    host: str,
+    tools: Tools | None = None,
+    *,
+    snapshot: Snapshot | None = None,
+    until: str = STAGES[-1],
 ) -> Iterator[Outcome]:
-    """All stages in order on one host, those with nothing to do left untouched; yields each outcome as it comes.
+    """The stages in order on one host, the last one ``until``, those with nothing to do left untouched; yields each outcome
+    as it comes.
 
     Plans and the verification look at ``snapshot``, if there is one, instead of asking the API for this host alone.
     """
     tools = tools or tools_for(project)
     looking = replace(tools, cloud=snapshot) if snapshot else tools
-    for stage in STAGES:
+    stages = STAGES[: STAGES.index(until) + 1]
+    quiet = "verify" in stages
+    for stage in stages:
+        if stage == "lockdown" and quiet and _edge_is_as_declared(project, host, looking.cloud):
+            yield from _as_it_is(project, host, tools, looking, snapshot)
+            return
         try:
             planned = plan(stage, project, host, looking)
         except ClawdletsError as error:
@@ -145,15 +156,78 @@ def bootstrap(
         if stage == "verify":
             yield apply(stage, project, host, looking)
         elif planned.empty:
-            tools.journal.say(host, stage, "unchanged", str(planned))
-            yield Outcome(stage, host, changed=False, text=str(planned), duration_s=0.0)
+            yield _untouched(stage, host, tools, str(planned))
         else:
-            try:
-                outcome = apply(stage, project, host, tools)
-            finally:
-                if snapshot:
-                    snapshot.forget(host)
-            yield outcome
+            quiet = False
+            yield _touched(stage, project, host, tools, snapshot)
+
+
+def _as_it_is(
+    project: Project, host: str, tools: Tools, looking: Tools, snapshot: Snapshot | None
+) -> Iterator[Outcome]:
+    """Lockdown and verify for a host that had nothing to be done so far, its edge as declared.
+
+    The verification comes first: where it passes, it has seen all that the lockdown's own look would have, in the one login
+    that the host then has. Else the lockdown looks for itself; where it has nothing to do, the verification stands as it is.
+    """
+    started = time.monotonic()
+    journal = tools.journal
+    journal.say(host, "verify", "started")
+    refused: ClawdletsError | None = None
+    try:
+        _, text = _apply(
+            "verify", project, host, _noting(looking, host), lambda line: journal.say(host, "verify", "step", line)
+        )
+    except ClawdletsError as error:
+        refused, text = error, ""
+    except BaseException:
+        journal.say(host, "verify", "failed", "interrupted", durationS=round(time.monotonic() - started, 3))
+        raise
+    took_s = round(time.monotonic() - started, 3)
+    if refused is None:
+        journal.say(host, "verify", "done", durationS=took_s)
+        yield _untouched("lockdown", host, tools, SEEN_BY_VERIFY)
+        yield Outcome("verify", host, False, text, took_s)
+        return
+    try:
+        planned = plan("lockdown", project, host, looking)
+    except ClawdletsError as error:
+        journal.say(host, "verify", "failed", str(refused), durationS=took_s)
+        journal.say(host, "lockdown", "failed", str(error), durationS=0.0)
+        raise
+    if planned.empty:
+        journal.say(host, "verify", "failed", str(refused), durationS=took_s)
+        yield _untouched("lockdown", host, tools, str(planned))
+        raise refused
+    journal.say(host, "verify", "unchanged", f"{refused.what}: the lockdown comes first")
+    yield _touched("lockdown", project, host, tools, snapshot)
+    yield apply("verify", project, host, looking)
+
+
+def _edge_is_as_declared(project: Project, host: str, cloud: Cloud) -> bool:
+    """Whether the lockdown, if there were one, would only be about the host itself."""
+    if project.fleet.host(host).ssh_exposure.mode != "tailnet":
+        return True
+    firewall = cloud.firewall(provision.firewall_name(host))
+    return firewall is not None and not firewall.ssh_is_open
+
+
+def _untouched(stage: str, host: str, tools: Tools, text: str) -> Outcome:
+    tools.journal.say(host, stage, "unchanged", text)
+    return Outcome(stage, host, changed=False, text=text, duration_s=0.0)
+
+
+def _touched(stage: str, project: Project, host: str, tools: Tools, snapshot: Snapshot | None) -> Outcome:
+    try:
+        return apply(stage, project, host, tools)
+    finally:
+        if snapshot:
+            snapshot.forget(host)
+
+
+def _noting(tools: Tools, host: str) -> Tools:
+    """The same, each program that runs noted in the host's log."""
+    return replace(tools, runner=NotingRunner(tools.runner, tools.journal, host))
 
 
 def known_secrets(project: Project) -> Redactor:

@@ -34,6 +34,13 @@ INTERRUPTED = 130
 @click.option(
     "--refresh", is_flag=True, help="Ask OpenTofu for its full plan, also where nothing seems to have changed."
 )
+@click.option(
+    "--until",
+    type=click.Choice(workflow.STAGES),
+    default=workflow.STAGES[-1],
+    show_default=True,
+    help="The last stage to go through.",
+)
 @with_project
 def bootstrap(
     project: Project,
@@ -42,11 +49,12 @@ def bootstrap(
     reinstall: tuple[str, ...],
     allow_replace: tuple[str, ...],
     refresh: bool,
+    until: str,
 ) -> None:
     """Hosts (default: the whole fleet) from nothing to verified and locked down; again, nothing is changed.
 
-    A host waits for no other, and a host that fails stops no other. Exit status: 0 every host is as declared; 1 a host
-    failed; 130 interrupted.
+    A host waits for no other, and a host that fails stops no other. Exit status: 0 every host is as declared, as far as it
+    was to go; 1 a host failed; 130 interrupted.
     """
     chosen = tuple(dict.fromkeys(hosts)) or tuple(project.fleet.hosts)
     for host in (*chosen, *reinstall, *allow_replace):
@@ -67,6 +75,7 @@ def bootstrap(
             stop=stop,
             parallel=parallel,
             on_end=progress.end,
+            until=until,
         )
     console.print(result_table(ends), soft_wrap=True)
     page.refresh(tools.journal.folder)
@@ -74,7 +83,8 @@ def bootstrap(
         console.print(f"report: {report}", soft_wrap=True, markup=False)
     if left := [end.host for end in ends if not end.ok]:
         # What may be lost is named for one run: it is for the operator to say again.
-        console.print(f"go on: clawdlets bootstrap {' '.join(left)}", soft_wrap=True, markup=False)
+        further = "" if until == workflow.STAGES[-1] else f" --until {until}"
+        console.print(f"go on: clawdlets bootstrap {' '.join(left)}{further}", soft_wrap=True, markup=False)
     if stop.is_set():
         console.print("interrupted: what was begun goes on from there when it is run again", soft_wrap=True)
         sys.exit(INTERRUPTED)

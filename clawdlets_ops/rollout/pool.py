@@ -65,15 +65,16 @@ def bootstrap(
     stop: threading.Event,
     parallel: int,
     on_end: Callable[[HostEnd], None] = lambda _: None,
+    until: str = workflow.STAGES[-1],
 ) -> tuple[HostEnd, ...]:
-    """Every host through all stages, ``parallel`` at a time; how each came out, in the order given. Nothing is raised for
-    a host. ``stop`` has to be the one that ``tools`` was made with."""
+    """Every host through the stages to ``until``, ``parallel`` at a time; how each came out, in the order given. Nothing is
+    raised for a host. ``stop`` has to be the one that ``tools`` was made with."""
 
     def flow(host: str) -> Iterator[workflow.Outcome]:
         check_budget(getattr(tools.cloud, "budget", None), where=host)
-        for outcome in workflow.bootstrap(project, host, tools, snapshot=snapshot):
+        for outcome in workflow.bootstrap(project, host, tools, snapshot=snapshot, until=until):
             yield outcome
-            if outcome.stage != workflow.STAGES[-1]:
+            if outcome.stage != until:
                 check_budget(getattr(tools.cloud, "budget", None), where=host)
 
     tools.journal.say("", "run", "started", f"bootstrap {' '.join(hosts)}", hosts=list(hosts), parallel=parallel)

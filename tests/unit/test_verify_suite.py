@@ -45,7 +45,7 @@ SUITE = ("test_ssh", "test_exposure", "test_network", "test_files", "test_reposi
 IDS = {
     *(f"SSH-{number:02}" for number in range(1, 11)),
     *(f"EXP-0{number}" for number in range(1, 8)),
-    *("TS-01", "TS-02", "TS-03", "UDP-01", "EGR-01", "EGR-02", "EGR-03", "UD-04"),
+    *("EXP-10", "TS-01", "TS-02", "TS-03", "UDP-01", "EGR-01", "EGR-02", "EGR-03", "UD-04"),
     *("FS-01", "FS-02", "FS-03", "FS-04", "STO-04", "GIT-01"),
 }
 AS_OF = "2026-11-22T10:00:00+00:00"
@@ -157,7 +157,7 @@ trustedusercakeys none
 hostkey /etc/ssh/ssh_host_ed25519_key"""
 
 
-def good_sections() -> dict[str, str]:
+def good_sections(mode: str = "tailnet") -> dict[str, str]:
     expected = make_expected()
     pairs = [(user, source) for user in expected["sshdUsers"] for source in expected["sshdSources"]]
     files = [
@@ -219,6 +219,7 @@ def good_sections() -> dict[str, str]:
         + "\n".join(f"sops-file {ENCRYPTED}/{name}.yaml" for name in SECRETS),
         "isolation": "\n".join(isolation),
         "exposure": "tailnet",
+        "exposure-now": f"mode={mode} armed=no",
         "system": "running",
     }  # fmt: skip
 
@@ -267,7 +268,7 @@ def good_attempts() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def good_world(mode: str = "tailnet", **changes: Any) -> World:
-    sections = {name: {"status": 0, "text": text} for name, text in good_sections().items()}
+    sections = {name: {"status": 0, "text": text} for name, text in good_sections(mode).items()}
     return {
         "expected": make_expected(mode, **changes),
         "facts": {
@@ -424,6 +425,8 @@ FAULTS: list[tuple[str, str, Callable[[World], None]]] = [
     ("EXP-07", "a session from before", appended("survivors", "198.18.7.10:22 198.18.0.9:51000")),
     ("EXP-07", "a session from before on IPv6", appended("survivors", "[2001:2:0:70a::1]:22 [2001:2::9]:51000")),
     ("EXP-07", "as a mapped address", appended("survivors", "[::ffff:198.18.7.10]:22 [::ffff:198.18.0.9]:51000")),
+    ("EXP-10", "on trial", text_edit("exposure-now", "armed=no", "armed=yes")),
+    ("EXP-10", "another mode in force", text_edit("exposure-now", "mode=tailnet", "mode=bootstrap")),
     ("TS-02", "all of the tailnet", edit_rules(lambda objects: objects.append(nft_rule("input", match(IIF, "tailscale0"), ACCEPT)))),
     ("TS-02", "one port more", edit_rules(lambda objects: objects.append(nft_rule("input", match(IIF, "tailscale0"), match(DPORT, 8080), ACCEPT)))),
     ("TS-03", "the operator sees it run out", lambda world: world["expected"]["tailnet"].update(node={"keyExpiry": "2026-12-01T00:00:00+00:00"})),
@@ -525,6 +528,7 @@ SECTION_READERS = {
     "sshd-crypto": {"SSH-10"},
     "listen-tcp": {"SSH-07", "EXP-06", "TS-02"},
     "survivors": {"EXP-07"},
+    "exposure-now": {"EXP-10"},
     "tailscale-self": {"TS-03"},
     "metadata": {"UD-04"},
     "mail-out": {"EGR-03"},
@@ -697,6 +701,7 @@ def test_nobody_but_the_operator_sees_the_node_and_then_nobody() -> None:
     [
         ("UD-04", text_edit("metadata", "root open", "root closed")),
         ("EXP-07", lambda world: world["facts"]["sections"]["survivors"].update(text="")),
+        ("EXP-10", text_edit("exposure-now", "armed=no", "armed=perhaps")),
         ("EGR-03", text_edit("mail-out", "2001:db8::1 dropped 5", "2001:db8::1 unreachable")),
         ("TS-03", text_edit("tailscale-self", "absent", '"BackendState": "Running",\n"KeyExpiry": "soon"')),
     ],

@@ -84,6 +84,23 @@ def test_no_session_survives_from_before(expected: dict[str, Any], facts: dict[s
 
 
 @pytest.mark.check(
+    id="EXP-10",
+    severity="high",
+    claim="Public SSH is temporary (bootstrap only; controlled by sshExposure.mode).",
+    fix="run the lockdown stage again: it confirms what it has tried, or goes back",
+)
+def test_the_host_keeps_the_declared_mode(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
+    """The host's own account of its firewall: which mode is in force, and whether it would go back by itself."""
+    said = section(facts, "exposure-now").strip()
+    found = re.fullmatch(r"mode=(\S+) armed=(yes|no)", said)
+    if found is None:
+        raise Unknown(f"the host's exposure status is not understood: {said[:200]!r}")
+    faults = [f"{found[1]} is in force, {expected['mode']} is declared"] if found[1] != expected["mode"] else []
+    faults += ["what is in force is on trial: it goes back by itself"] if found[2] == "yes" else []
+    observe(settle(faults, f"{found[1]} is in force, for good"))
+
+
+@pytest.mark.check(
     id="TS-02",
     severity="medium",
     claim=HOST_FIREWALL,
