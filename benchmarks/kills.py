@@ -44,10 +44,12 @@ from clawdlets_ops.journal import journals, read_journal
 from clawdlets_ops.lab import control
 from clawdlets_ops.lab.scenario import environment, lay_out, read_results
 from clawdlets_ops.layout import Layout
+from clawdlets_ops.workflow import STAGES
 
 ROOT = Path(__file__).parents[1]
 RUN_TIMEOUT_S = 1500.0
 KILLS_A_ROUND = 12
+LOOK_S = 0.2
 FIRST_WITHIN_S = 6.0
 """A round's first kill comes sooner, so that the first stage, which is over in a second, is met as well."""
 RUNS = {
@@ -87,8 +89,10 @@ class Round:
         tally: Tally,
         within_s: float,
         stop: threading.Event,
+        *,
+        aimed: bool = False,
     ) -> None:
-        self.within_s, self.stop = within_s, stop
+        self.within_s, self.stop, self.aimed = within_s, stop, aimed
         self.layout, self.hosts, self.chance, self.tally = Layout(folder), hosts, chance, tally
         # A temporary folder of our own: what a killed program leaves in it is looked at, and is nobody else's.
         self.temporary = folder.parent / "tmp"
@@ -103,9 +107,9 @@ class Round:
         control.up(self.layout, self.shell)
         try:
             for number in range(kills):
-                if self.stop.is_set() or self._run_and_kill(
-                    min(self.within_s, FIRST_WITHIN_S) if number == 0 else self.within_s
-                ):
+                aim = STAGES[number * len(STAGES) // kills] if self.aimed else ""
+                within_s = min(self.within_s, FIRST_WITHIN_S) if number == 0 else self.within_s
+                if self.stop.is_set() or self._run_and_kill(within_s, aim):
                     break
             last = self._run()
             again = self._run()
@@ -122,13 +126,17 @@ class Round:
                 stderr=subprocess.STDOUT, text=True, start_new_session=True,
             )  # fmt: skip
 
-    def _run_and_kill(self, within_s: float) -> bool:
-        """Whether it ended by itself before the kill came."""
+    def _run_and_kill(self, within_s: float, aim: str = "") -> bool:
+        """Whether it ended by itself before the kill came. The time for that begins once a host is in the stage ``aim``, or
+        in a later one."""
         by, what = self.chance.choice(sorted(RUNS)), self.chance.choice(("the process", "all it started"))
+        began_s = time.time()
         process = self._start(by)
         # A run takes up where the one before it was killed: short spans reach the late stages too.
-        after_s = self.chance.uniform(1.0, within_s)
+        after_s = self.chance.uniform(0.0 if aim else 1.0, within_s)
         try:
+            while aim and self._stages(began_s) not in STAGES[STAGES.index(aim) :] and process.poll() is None:
+                time.sleep(LOOK_S)
             process.wait(timeout=after_s)
         except subprocess.TimeoutExpired:
             started = descendants(process.pid) if what == "all it started" else []
@@ -139,7 +147,7 @@ class Round:
             process.wait()
             self.tally.kills += 1
             self.tally.killed[f"{by}: {what}"] += 1
-            self.tally.killed_in[self._stages()] += 1
+            self.tally.killed_in[self._stages(began_s)] += 1
             return False
         if process.returncode != 0:
             self.tally.failed_runs += 1
@@ -154,16 +162,14 @@ class Round:
     def _said(self) -> str:
         return (self.temporary.parent / "output").read_text(errors="replace")
 
-    def _stages(self) -> str:
-        """Where the hosts of the newest run were."""
-        found = journals(self.layout.runs)
+    def _stages(self, since_s: float) -> str:
+        """Where the hosts of the run that began then were: the latest stage of any."""
+        found = [path for path in journals(self.layout.runs) if path.stat().st_mtime >= since_s]
         last: dict[str, str] = {}
         for event in read_journal(found[-1]) if found else []:
             if event.get("host") and event.get("event") == "started":
                 last[event["host"]] = event["stage"]
-        return max(
-            last.values(), key=(["payload", "provision", "install", "lockdown", "verify"]).index, default="start-up"
-        )
+        return max(last.values(), key=STAGES.index, default="start-up")
 
     def _count(self, last: subprocess.CompletedProcess[str], again: subprocess.CompletedProcess[str]) -> None:
         settings = dict(
@@ -259,6 +265,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--within", type=float, default=45.0, help="a run is killed after 1 s to this many")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no kill after this time; 0: no limit")
+    parser.add_argument(
+        "--aimed", action="store_true", help="a round's kills go through the stages; --within is counted in each"
+    )
     parser.add_argument("--a-round", type=int, default=KILLS_A_ROUND, help="kills before a round's last runs")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -273,7 +282,7 @@ def main() -> int:
             break
         folder = Path(tempfile.mkdtemp(prefix="clawdlets-kills-")).resolve()
         try:
-            Round(folder / "project", hosts, chance, tally, arguments.within, stop).go(
+            Round(folder / "project", hosts, chance, tally, arguments.within, stop, aimed=arguments.aimed).go(
                 min(arguments.a_round, arguments.kills - tally.kills)
             )
         finally:
