@@ -14,6 +14,9 @@ MANAGED_BY = "managed-by"
 MANAGER = "clawdlets"
 HOST_LABEL = "clawdlets-host"
 OURS = f"{MANAGED_BY}={MANAGER}"
+WINDOW_LABEL = "clawdlets-window"
+"""On a firewall with a breakglass window: when it ends (UTC), in the form of ``WINDOW_TIME``."""
+WINDOW_TIME = "%Y%m%dT%H%M%SZ"
 
 
 @dataclass(frozen=True, order=True)

@@ -1,5 +1,6 @@
-"""What we read from the Hetzner Cloud API, through python-hcloud, as plain values. Changes go through OpenTofu, with one
-exception that OpenTofu has no word for: rebuilding a named server from its image.
+"""What we read from the Hetzner Cloud API, through python-hcloud, as plain values. Changes go through OpenTofu, with two
+exceptions: rebuilding a named server from its image, which OpenTofu has no word for, and a firewall's rules and labels where
+a door has to open or close at a time when no OpenTofu runs (``lockdown/``).
 
 The only importer of ``hcloud``. Facts about the API: docs.hetzner.cloud.
 """
@@ -16,12 +17,16 @@ from typing import Any, Protocol, TypeVar, cast
 import hcloud
 import requests
 from hcloud.actions import ActionException
+from hcloud.firewalls import Firewall as HcloudFirewall
+from hcloud.firewalls import FirewallRule as HcloudRule
 
 from clawdlets_ops.cloud import (
     HOST_LABEL,
     MANAGED_BY,
     MANAGER,
     OURS,
+    WINDOW_LABEL,
+    WINDOW_TIME,
     Budget,
     Firewall,
     FirewallRule,
@@ -43,6 +48,8 @@ __all__ = [
     "MANAGED_BY",
     "MANAGER",
     "OURS",
+    "WINDOW_LABEL",
+    "WINDOW_TIME",
     "Budget",
     "Cloud",
     "Firewall",
@@ -115,6 +122,14 @@ class Cloud(Protocol):
 
     def rebuild(self, server: Server, image: str) -> None:
         """Overwrite the server's disk with ``image`` and wait until that is done."""
+        ...
+
+    def set_rules(self, firewall: Firewall, rules: tuple[FirewallRule, ...]) -> None:
+        """Replace the firewall's whole rule set; in force only once the API says so."""
+        ...
+
+    def set_labels(self, firewall: Firewall, labels: Mapping[str, str]) -> None:
+        """Replace the firewall's labels."""
         ...
 
 
@@ -253,6 +268,32 @@ class HetznerCloud:
             self._ask(f"server {server.name} (rebuild)", call)
         except ActionException as error:
             raise CloudError(f"the rebuild did not succeed: {error}", where=server.name) from error
+
+    def set_rules(self, firewall: Firewall, rules: tuple[FirewallRule, ...]) -> None:
+        """Replace the firewall's whole rule set; one request, never tried twice here. Not waited for: look whether the server
+        shows the firewall as applied."""
+        if not rules:
+            raise CloudError("an empty rule set is never asked for", where=firewall.name)
+        wanted = [
+            HcloudRule(
+                direction=rule.direction,
+                protocol=rule.protocol,
+                port=rule.port,
+                source_ips=list(rule.networks) if rule.direction == "in" else [],
+                destination_ips=list(rule.networks) if rule.direction == "out" else [],
+                description=rule.description or None,
+            )
+            for rule in rules
+        ]
+        bound = HcloudFirewall(id=firewall.id)
+        self._ask(f"firewall {firewall.name} (rules)", lambda: self._client.firewalls.set_rules(bound, wanted))
+
+    def set_labels(self, firewall: Firewall, labels: Mapping[str, str]) -> None:
+        """Replace the firewall's labels; one request, never tried twice here."""
+        bound = HcloudFirewall(id=firewall.id)
+        self._ask(
+            f"firewall {firewall.name} (labels)", lambda: self._client.firewalls.update(bound, labels=dict(labels))
+        )
 
     def _lately(self, what: str, ask: Callable[[], T]) -> T:
         """What was asked less than REMEMBER_S ago is not asked again: for what is the same for every host."""

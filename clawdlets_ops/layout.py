@@ -130,6 +130,10 @@ class Layout:
         """A folder for each run: ``events.jsonl``, a log for each host, ``report.html``."""
         return self.runtime / "runs"
 
+    def lockdown_dir(self, host: str) -> Path:
+        """A lockdown or breakglass window under way: the rules to put back, and what its watchdog has seen and done."""
+        return self.runtime / "lockdown" / host
+
     def reports(self, host: str) -> Path:
         """Verification reports and install receipts of one host."""
         return self.runtime / "reports" / host

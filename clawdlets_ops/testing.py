@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from clawdlets_ops.errors import ToolMissingError
-from clawdlets_ops.hetzner import Firewall, Labelled, Offer, PlacementGroup, PrimaryIp, Server, SshKey, Volume
+from clawdlets_ops.hetzner import (
+    Firewall,
+    FirewallRule,
+    Labelled,
+    Offer,
+    PlacementGroup,
+    PrimaryIp,
+    Server,
+    SshKey,
+    Volume,
+)
 from clawdlets_ops.process import Command, Result
 from clawdlets_ops.sensitive import Secret
 
@@ -123,6 +134,17 @@ class FakeCloud:
     def rebuild(self, server: Server, image: str) -> None:
         """Only remembered, in ``rebuilt``."""
         self.rebuilt.append((server.name, image))
+
+    def set_rules(self, firewall: Firewall, rules: tuple[FirewallRule, ...]) -> None:
+        """Replaced in the list, at once."""
+        self._put(firewall, rules=tuple(sorted(rules)))
+
+    def set_labels(self, firewall: Firewall, labels: Mapping[str, str]) -> None:
+        """Replaced in the list, at once."""
+        self._put(firewall, labels=dict(labels))
+
+    def _put(self, firewall: Firewall, **changed: Any) -> None:
+        self.firewalls = [replace(one, **changed) if one.id == firewall.id else one for one in self.firewalls]
 
 
 @dataclass

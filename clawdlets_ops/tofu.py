@@ -166,13 +166,13 @@ class Tofu:
             raise CommandError("read the plan: tofu printed JSON that is no plan", where="tofu")
         return document
 
-    def apply(self, on_line: Callable[[str], None] | None = None) -> None:
+    def apply(self, on_line: Callable[[str], None] | None = None, *, timeout_s: float = APPLY_TIMEOUT_S) -> None:
         """Apply ``plan.bin`` exactly. Its output goes to ``apply.log``: when we are killed, OpenTofu still finishes and
         saves its state, holding the lock that it inherited. Never retried here: what it did is not known."""
         try:
             result = self._run(
                 "apply", "-no-color", f"-lock-timeout={STATE_LOCK_WAIT_S}s", PLAN_FILE,
-                why="apply with OpenTofu", timeout_s=APPLY_TIMEOUT_S, log_file=self._directory / "apply.log", on_line=on_line,
+                why="apply with OpenTofu", timeout_s=timeout_s, log_file=self._directory / "apply.log", on_line=on_line,
             )  # fmt: skip
         finally:
             self.discard_plan()

@@ -284,6 +284,7 @@ def _apply(stage: str, project: Project, host: str, tools: Tools, say: Callable[
                 server=_server(cloud, host),
                 pin=store.host_ssh_pin(project, host),
                 say=say,
+                journal=tools.journal.folder,
             )
             return True, project.fleet.host(host).ssh_exposure.mode
         case "verify":

@@ -69,6 +69,7 @@ READS_ENVIRONMENT = frozenset(
         "lab/real_installer.py",
         "lab/daemon.py",
         "lab/demo.py",
+        "lockdown/watchdog.py",
     }
 )
 # Programs for the lab's guests: they run on the host, without this package.

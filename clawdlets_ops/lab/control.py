@@ -199,8 +199,9 @@ def _forget_servers(layout: Layout) -> None:
     runtime = layout.runtime
     for path in (*runtime.glob("known_hosts/*.installer"), *runtime.glob("reports/*/install-receipt.json")):
         path.unlink()
-    if (runtime / "install").exists():
-        shutil.rmtree(runtime / "install")
+    for name in ("install", "lockdown"):
+        if (runtime / name).exists():
+            shutil.rmtree(runtime / name)
 
 
 def reset(layout: Layout, environ: Mapping[str, str]) -> LabStatus:

@@ -3,20 +3,30 @@
 ``planning``, ``render`` and ``gate`` are pure; ``applying`` and ``destruction`` act.
 """
 
-from clawdlets_ops.provision.applying import apply, check_binding, plan_for
+from clawdlets_ops.provision.applying import Within, apply, check_binding, plan_for
 from clawdlets_ops.provision.destruction import DestroyPlan, destroy, plan_destroy, proof
 from clawdlets_ops.provision.observed import Observed
 from clawdlets_ops.provision.planning import ProvisionPlan, plan, window_is_open
-from clawdlets_ops.provision.render import FIREWALL, KEY, NEVER_MATCHES, SERVER, edge_rules, firewall_name
+from clawdlets_ops.provision.render import (
+    FIREWALL,
+    KEY,
+    NEVER_MATCHES,
+    SERVER,
+    WINDOW_RULE,
+    edge_rules,
+    firewall_name,
+)
 
 __all__ = [
     "FIREWALL",
     "KEY",
     "NEVER_MATCHES",
     "SERVER",
+    "WINDOW_RULE",
     "DestroyPlan",
     "Observed",
     "ProvisionPlan",
+    "Within",
     "apply",
     "check_binding",
     "destroy",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clawdlets_ops.errors import CloudError, CommandError, PlanRefused, SettingsError
@@ -23,12 +23,23 @@ from clawdlets_ops.provision.gate import EXPOSURE, PROVISION, UNPROTECT, Change,
 from clawdlets_ops.provision.observed import Observed
 from clawdlets_ops.provision.planning import ProvisionPlan, existing, plan
 from clawdlets_ops.provision.preflight import preflight, require_writable
-from clawdlets_ops.provision.readback import wait_until_as_planned
+from clawdlets_ops.provision.readback import APPLIED_WITHIN_S, wait_until_as_planned
 from clawdlets_ops.provision.render import GROUP, KEY, SERVER, address_name, firewall_name, volume_name
-from clawdlets_ops.tofu import Tofu
+from clawdlets_ops.tofu import APPLY_TIMEOUT_S, Tofu
 
 LOCK_WAIT_S = 600.0
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Within:
+    """How long an apply may take, and the API to show its result, in seconds."""
+
+    tofu_s: float = APPLY_TIMEOUT_S
+    applied_s: float = APPLIED_WITHIN_S
+
+
+PATIENT = Within()
 
 
 def check_binding(project: Project) -> None:
@@ -112,6 +123,7 @@ def apply(
     runner: Runner,
     cloud: Cloud,
     window_open: bool | None = None,
+    within: Within = PATIENT,
     say: Say = lambda _: None,
 ) -> Server:
     """Bring the cloud to the plan and prove by reading it back; returns the server.
@@ -126,12 +138,12 @@ def apply(
     ) as lock_fd:
         planned = plan_for(project, host, cloud=cloud, window_open=window_open)
         if planned.empty:
-            return wait_until_as_planned(planned, declared, cloud, project.poll_interval_s)
+            return wait_until_as_planned(planned, declared, cloud, project.poll_interval_s, within_s=within.applied_s)
         if _makes_shared(planned):
             with locked(project.layout.lock("cloud"), what="the cloud", wait_s=LOCK_WAIT_S, holder=holder) as shared_fd:
                 planned = plan_for(project, host, cloud=cloud, window_open=window_open)
-                return _carry_out(project, host, planned, window_open, runner, cloud, (lock_fd, shared_fd), say)
-        return _carry_out(project, host, planned, window_open, runner, cloud, (lock_fd,), say)
+                return _carry_out(project, host, planned, window_open, runner, cloud, (lock_fd, shared_fd), within, say)
+        return _carry_out(project, host, planned, window_open, runner, cloud, (lock_fd,), within, say)
 
 
 def _carry_out(
@@ -142,6 +154,7 @@ def _carry_out(
     runner: Runner,
     cloud: Cloud,
     lock_fds: tuple[int, ...],
+    within: Within,
     say: Say,
 ) -> Server:
     declared = project.fleet.host(host)
@@ -159,10 +172,10 @@ def _carry_out(
         exists=planned.adopt,
         may_replace=bool(planned.loses),
     )
-    apply_saved(project, host, tofu, changes, runner=runner, say=say)
+    apply_saved(project, host, tofu, changes, runner=runner, say=say, timeout_s=within.tofu_s)
     if any(change.imported for change in changes):
         prepare(project, host, tofu, planned.config, {})
-    server = wait_until_as_planned(planned, declared, cloud, project.poll_interval_s)
+    server = wait_until_as_planned(planned, declared, cloud, project.poll_interval_s, within_s=within.applied_s)
     said = tofu.outputs()
     if str(said.get("server_id")) != str(server.id) or (said.get("ipv4") or None) != server.ipv4:
         raise CloudError(
@@ -247,7 +260,14 @@ def prepare(project: Project, host: str, tofu: Tofu, config: dict[str, Any], ado
 
 
 def apply_saved(
-    project: Project, host: str, tofu: Tofu, changes: tuple[Change, ...], *, runner: Runner, say: Say
+    project: Project,
+    host: str,
+    tofu: Tofu,
+    changes: tuple[Change, ...],
+    *,
+    runner: Runner,
+    say: Say,
+    timeout_s: float = APPLY_TIMEOUT_S,
 ) -> None:
     """Apply exactly the plan that passed the gate, after its state was kept; nothing when it changes nothing."""
     if not changes:
@@ -256,7 +276,7 @@ def apply_saved(
     for change in changes:
         say(str(change))
     state.keep(project, host, tofu, runner=runner)
-    tofu.apply()
+    tofu.apply(timeout_s=timeout_s)
 
 
 def _makes_shared(planned: ProvisionPlan) -> bool:

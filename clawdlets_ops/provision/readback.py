@@ -68,8 +68,10 @@ def differences(
     return found
 
 
-def wait_until_as_planned(planned: ProvisionPlan, declared: Host, cloud: Cloud, poll_s: float) -> Server:
-    """The server, once the API shows exactly what was planned; CloudError when it does not in time.
+def wait_until_as_planned(
+    planned: ProvisionPlan, declared: Host, cloud: Cloud, poll_s: float, *, within_s: float = APPLIED_WITHIN_S
+) -> Server:
+    """The server, once the API shows exactly what was planned; CloudError when it does not within ``within_s``.
 
     Two reads each time, and one more for each of volumes and reserved addresses where they are declared.
     """
@@ -89,7 +91,7 @@ def wait_until_as_planned(planned: ProvisionPlan, declared: Host, cloud: Cloud, 
         return server, faults
 
     server, faults = Retrying(
-        stop=stop_after_delay(APPLIED_WITHIN_S),
+        stop=stop_after_delay(within_s),
         wait=wait_fixed(poll_s),
         retry=retry_if_result(lambda seen: bool(seen[1])),
         retry_error_callback=lambda state: state.outcome.result() if state.outcome else (None, ["no answer"]),

@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol, TypeVar
 from clawdlets_ops.hetzner import (
     Cloud,
     Firewall,
+    FirewallRule,
     Labelled,
     Offer,
     PlacementGroup,
@@ -111,6 +112,14 @@ class Snapshot:
     def rebuild(self, server: Server, image: str) -> None:
         """Refused: a snapshot changes nothing."""
         raise NotImplementedError(f"{server.name}: a snapshot is for looking, not for a rebuild from {image}")
+
+    def set_rules(self, firewall: Firewall, rules: tuple[FirewallRule, ...]) -> None:
+        """Refused: a snapshot changes nothing."""
+        raise NotImplementedError(f"{firewall.name}: a snapshot is for looking, not for {len(rules)} rules")
+
+    def set_labels(self, firewall: Firewall, labels: Mapping[str, str]) -> None:
+        """Refused: a snapshot changes nothing."""
+        raise NotImplementedError(f"{firewall.name}: a snapshot is for looking, not for {len(labels)} labels")
 
     def _named(
         self,

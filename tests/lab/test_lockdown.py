@@ -18,6 +18,7 @@ from clawdlets_ops.install import ADMIN
 from clawdlets_ops.lab import control
 from clawdlets_ops.lab.processes import wait_until
 from clawdlets_ops.layout import Layout
+from clawdlets_ops.lockdown import Timing, proof
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
 from clawdlets_ops.secrets import store
@@ -38,8 +39,14 @@ class Bench:
         assert server is not None
         self.server = server
 
-    def lock_down(self, *, say: Callable[[str], None] = lambda _: None, project: Project | None = None) -> None:
-        lockdown.apply(
+    def lock_down(
+        self,
+        *,
+        say: Callable[[str], None] = lambda _: None,
+        project: Project | None = None,
+        timing: Timing | None = None,
+    ) -> lockdown.LockdownOutcome:
+        return lockdown.apply(
             project or self.project,
             "alpha",
             runner=self.runner,
@@ -47,6 +54,8 @@ class Bench:
             server=self.server,
             pin=store.host_ssh_pin(self.project, "alpha"),
             say=say,
+            timing=timing,
+            journal=self.tools.journal.folder,
         )
 
     def measure(self) -> Exposure:
@@ -90,12 +99,10 @@ def bench(project: LabProject) -> Bench:
 
 
 def test_a_host_that_is_not_on_the_tailnet_stays_as_it_is(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockdown, "TAILNET_WITHIN_S", 1.0)
-    elsewhere = dataclasses.replace(bench.project, layout=bench.project.layout)
     said: list[str] = []
-    monkeypatch.setattr(lockdown, "tailnet_addresses", lambda *_: {})
+    monkeypatch.setattr(proof, "tailnet_addresses", lambda *_: {})
     with pytest.raises(LockdownError, match="nothing was closed"):
-        bench.lock_down(say=said.append, project=elsewhere)
+        bench.lock_down(say=said.append, timing=Timing(tailnet_s=1.0))
     monkeypatch.undo()
     assert ("tcp", "22") in bench.edge_rules()
     assert bench.reach("operator") == "yes"

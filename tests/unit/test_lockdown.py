@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from clawdlets_ops import lockdown
-from clawdlets_ops.errors import ClawdletsError, LockdownError, PlanRefused, UnreachableError
+from clawdlets_ops.errors import LockdownError, UnreachableError
 from clawdlets_ops.fleet import Host, parse_fleet
 from clawdlets_ops.lockdown import HostExposure, parse_status, plan, refuse_short_lived, tailnet_addresses
 from clawdlets_ops.tailnet import Peer
@@ -100,22 +99,3 @@ def test_a_node_whose_key_is_about_to_run_out_closes_nothing() -> None:
     refuse_short_lived("alpha", None, now=now)
     with pytest.raises(LockdownError, match="2026-12-21 23:59 UTC; nothing was closed"):
         refuse_short_lived("alpha", node(29.9999), now=now)
-
-
-@pytest.mark.parametrize(
-    ("cause", "edge"),
-    [
-        (PlanRefused("the plan would do more"), "the edge was not touched"),
-        (LockdownError("no login"), "the edge is open again to adminCidrs"),
-    ],
-)
-def test_a_plan_that_was_refused_leaves_no_edge_to_open_again(
-    monkeypatch: pytest.MonkeyPatch, cause: ClawdletsError, edge: str
-) -> None:
-    opened: list[bool] = []
-    monkeypatch.setattr(lockdown.provision, "apply", lambda *_, window_open, **__: opened.append(window_open))
-    monkeypatch.setattr(lockdown, "_through_any", lambda targets, words: None)
-    given: Any = None
-    error = lockdown._roll_back(given, "alpha", cause, runner=given, cloud=given, targets=[])
-    assert f"now: {edge}; the host's firewall is as before" in str(error)
-    assert opened == ([] if isinstance(cause, PlanRefused) else [True])
