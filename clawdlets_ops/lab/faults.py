@@ -164,6 +164,11 @@ SHAPES: Final[Mapping[str, Shape]] = {
         options=("from",),
     ),
     "never-boots": Shape("never-boots HOST", "it is said to be running, and nothing ever answers", subject="host"),
+    "firewall-pending": Shape(
+        "firewall-pending HOST",
+        "what its firewall is to become stays pending, and the action runs, until the fault is cleared",
+        subject="host",
+    ),
     "sshd-late": Shape(
         "sshd-late HOST seconds=S",
         "port 22 is closed for S seconds after each boot",
@@ -415,6 +420,11 @@ class FaultBook:
         if entry is not None:
             self._failed[entry.ident] = entry.label
             raise BackendError("action_failed", f"{command} failed (fault {entry.ident})")
+
+    def hold(self, kind: str, host: str) -> None:
+        """Return once no fault of this kind is about the host any more."""
+        while entry := self._hit(lambda fault: fault.kind == kind and fault.concerns(host), f"{kind} of {host}"):
+            entry.gone.wait()
 
     def _hit(self, wanted: Callable[[Fault], bool], what: str) -> _Entry | None:
         """The first armed fault that is wanted, counted."""

@@ -105,6 +105,8 @@ class FaultyMachines(Machines):
 
     def set_rules(self, server_id: int, rules: tuple[Rule, ...] | None) -> None:
         self._book.act("set_firewall_rules")
+        for name in [state.name for state in self.states() if state.server_id == server_id]:
+            self._book.hold("firewall-pending", name)
         super().set_rules(server_id, rules)
 
     def fill(self, fault: Fault) -> None:
