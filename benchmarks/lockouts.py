@@ -404,6 +404,7 @@ def main() -> int:
     hosts = [f"host{number}" for number in range(1, arguments.hosts + 1)]
     document = json.loads((ROOT / "fleet" / "clawdlets.json").read_text())
     document["hosts"] = {name: copy.deepcopy(document["hosts"]["alpha"]) for name in hosts}
+    document.pop("cattle", None)  # it names a host of the example fleet
     folder = Path(tempfile.mkdtemp(prefix="clawdlets-lockouts-")).resolve()
     done: list[Round] = []
     began = time.monotonic()

@@ -41,6 +41,7 @@ WRITTEN = [
     "latency alpha milliseconds=80 from=stranger",
     "loss * percent=20",
     "never-boots alpha",
+    "firewall-pending alpha",
     "sshd-late alpha seconds=10",
     "disk-full alpha",
     "scan alpha",

@@ -6,7 +6,15 @@ import pytest
 
 from clawdlets_ops.errors import LockdownError, UnreachableError
 from clawdlets_ops.fleet import Host, parse_fleet
-from clawdlets_ops.lockdown import HostExposure, parse_status, plan, refuse_short_lived, tailnet_addresses
+from clawdlets_ops.lockdown import (
+    HostExposure,
+    parse_account,
+    parse_status,
+    plan,
+    refuse_short_lived,
+    tailnet_addresses,
+)
+from clawdlets_ops.lockdown.plan import refuse_wrong_clock
 from clawdlets_ops.tailnet import Peer
 from clawdlets_ops.testing import FakeRunner
 
@@ -99,3 +107,38 @@ def test_a_node_whose_key_is_about_to_run_out_closes_nothing() -> None:
     refuse_short_lived("alpha", None, now=now)
     with pytest.raises(LockdownError, match="2026-12-21 23:59 UTC; nothing was closed"):
         refuse_short_lived("alpha", node(29.9999), now=now)
+
+
+ACCOUNT = "mode=tailnet\narmed=yes\nkept=bootstrap\nowner=0123456789abcdef\nleft_s=41\nnow=1700000000\ntailnet=ab12\n"
+
+
+def test_the_hosts_whole_account_is_understood_or_refused() -> None:
+    account = parse_account(ACCOUNT)
+    assert (account.mode, account.armed, account.kept, account.left_s) == ("tailnet", True, "bootstrap", 41)
+    assert not account.closed_for_good
+    done = (
+        ACCOUNT.replace("armed=yes", "armed=no")
+        .replace("kept=bootstrap", "kept=tailnet")
+        .replace("left_s=41", "left_s=")
+    )
+    assert parse_account(done).closed_for_good
+    assert parse_account(done).left_s is None
+    for nonsense in (
+        "",
+        ACCOUNT.replace("now=17", "now=x"),
+        ACCOUNT.replace("mode=tailnet", "mode=off"),
+        ACCOUNT + "more=1\n",
+    ):
+        with pytest.raises(LockdownError, match="not understood"):
+            parse_account(nonsense)
+
+
+@pytest.mark.parametrize(("off_s", "refused"), [(0, ""), (-119, ""), (121, "ahead of"), (-86400, "behind")])
+def test_a_clock_that_is_minutes_off_stops_everything(off_s: int, refused: str) -> None:
+    account = parse_account(ACCOUNT.replace("1700000000", str(1700000000 + off_s)))
+    now = datetime.fromtimestamp(1700000000, UTC)
+    if not refused:
+        refuse_wrong_clock("alpha", account, now=now)
+        return
+    with pytest.raises(LockdownError, match=f"{refused} this machine's; nothing was changed"):
+        refuse_wrong_clock("alpha", account, now=now)
