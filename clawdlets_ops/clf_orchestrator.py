@@ -1,1 +1,54 @@
-"""``clf-orchestrator``: reads its configuration, opens its store and its sockets, and serves until it is told to stop."""
+"""``clf-orchestrator``: reads its configuration, opens its store and its sockets, and serves until it is told to stop.
+
+Exit status: 0 told to stop; 1 it could not begin or go on, with the reason in the log; 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from clawdlets_ops.errors import ClawdletsError
+from clawdlets_ops.layout import ORCHESTRATOR_CONFIG
+from clawdlets_ops.orchestrator import daemon
+
+
+def make_work(parts: daemon.Parts) -> daemon.Work:
+    """The kinds of jobs that this program does."""
+    del parts
+    return daemon.Work()
+
+
+@click.command()
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path(ORCHESTRATOR_CONFIG.path),
+    show_default=True,
+)
+@click.option("--check", is_flag=True, help="Only read the configuration and open the store.")
+def clf_orchestrator(path: Path, check: bool) -> None:
+    """Serve bots on the unix socket and machines on the tailnet."""
+    try:
+        config = daemon.read_config(path)
+        if check:
+            daemon.open_store(config, daemon.secret_files(config, os.environ)).close()
+            click.echo("ok")
+            return
+    except ClawdletsError as error:
+        click.echo(f"clf-orchestrator: {error}", err=True)
+        sys.exit(1)
+    sys.exit(daemon.run(config, os.environ, make_work))
+
+
+def main() -> None:
+    """Console script."""
+    os.umask(0o077)  # whatever is made without a mode of its own is private
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    clf_orchestrator()

@@ -207,6 +207,7 @@ CLF_RUN_DIR = _on_server("clfRunDir")
 ORCHESTRATOR_SOCKET = _on_server("orchestratorSocket")
 ORCHESTRATOR_STATE_DIR = _on_server("orchestratorStateDir")
 ORCHESTRATOR_DATABASE = _on_server("orchestratorDatabase")
+ORCHESTRATOR_CONFIG = _on_server("orchestratorConfig")
 CATTLE_DECLARED = _on_server("cattleDeclared")
 CATTLE_PERSONAS = _on_server("cattlePersonas")
 

@@ -6,13 +6,15 @@
     queue      jobs in the store: enqueue, lease, heartbeat, complete, fail, cancel, prune
     tokens     one-time tokens in the store: issue, bind, redeem
     identity   who asks, from the socket's own credentials
-    payloads   what a bot may ask of cattle, judged against a policy                                            [pure]
     app        the unix socket's API (ASGI)
     bootstrap  the tailnet listener's API (ASGI): a machine's environment and its result
     vending    the variables that a machine may have, read from systemd credentials or /run/secrets
+    tailnode   this host's address on the tailnet, and which machine another address is
     serving    uvicorn with bounds on connections, and the sockets
     worker     leases jobs and runs their handlers
+    daemon     all of it together, from one configuration file
     client     a bot's side of the socket
+    unixhttp   HTTP over a unix socket, with the standard library alone
 
 SQL is in ``store``, ``queue`` and ``tokens`` and nowhere else.
 """

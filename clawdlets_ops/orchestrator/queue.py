@@ -86,6 +86,10 @@ class Queue:
         self._store = store
         self._clock = clock
 
+    def now(self) -> int:
+        """The time that counts here, in ms."""
+        return self._clock()
+
     # --- asking ---
 
     def enqueue(self, kind: str, payload: Mapping[str, Json], *, requester: str, **how: Any) -> str:

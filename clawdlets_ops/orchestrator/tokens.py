@@ -31,6 +31,7 @@ T = TypeVar("T")
 TTL_MIN_S = 30
 TTL_MAX_S = 3600
 TTL_DEFAULT_S = 600
+RESULT_TTL_MAX_S = 8 * 24 * 3600
 GRACE_S = 60
 SKEW_MS = 60_000
 """A token that was issued further in the future than this is from before the clock was set back: refused."""
@@ -78,14 +79,15 @@ class Refused(Exception):
         super().__init__(reason)
 
 
-def clamp_ttl_s(ttl: object) -> int:
+def clamp_ttl_s(ttl: object, purpose: Purpose = Purpose.ENVIRONMENT) -> int:
     """``ttl`` in seconds, brought into 30 s..1 h; TTL_DEFAULT_S for what is no number at all.
 
-    Milliseconds given by mistake end at 1 h, never at more.
+    Milliseconds given by mistake end at 1 h, never at more. A result's token is no secret's key, is never in user data, and
+    has to outlive the task: at most RESULT_TTL_MAX_S.
     """
     if isinstance(ttl, bool) or not isinstance(ttl, int | float) or (isinstance(ttl, float) and math.isnan(ttl)):
         return TTL_DEFAULT_S
-    return int(max(TTL_MIN_S, min(ttl, TTL_MAX_S)))
+    return int(max(TTL_MIN_S, min(ttl, TTL_MAX_S if purpose is Purpose.ENVIRONMENT else RESULT_TTL_MAX_S)))
 
 
 class Tokens:
@@ -108,7 +110,7 @@ class Tokens:
             "server_id": grant.server_id,
             "address": grant.address,
             "created_at": now,
-            "expires_at": now + clamp_ttl_s(ttl_s) * 1000,
+            "expires_at": now + clamp_ttl_s(ttl_s, grant.purpose) * 1000,
             "spec_json": json.dumps({"envKeys": sorted(set(grant.env_keys)), "publicEnv": dict(grant.public_env)}),
         }
 
