@@ -234,6 +234,7 @@ def main(words: Sequence[str] | None = None) -> int:
     alpha = document["hosts"]["alpha"]
     one, many = "host00", [f"host{number:02}" for number in range(1, options.hosts + 1)]
     document["hosts"] = {name: copy.deepcopy(alpha) for name in (one, *many)}
+    document.pop("cattle", None)  # it names the host that was the only one
     parallel = ["--parallel", str(options.parallel)] if options.parallel else []
     head = f"{'':44} {'seconds':>8} {'x':>6} {'peak MB':>8} {'procs':>5} {'API':>6} {'a host':>7} {'changes':>7} {'logins/host':>11}"
     with (

@@ -101,6 +101,7 @@ class Round:
         document = json.loads((ROOT / "fleet" / "clawdlets.json").read_text())
         alpha = document["hosts"]["alpha"]
         document["hosts"] = {name: copy.deepcopy(alpha) for name in hosts}
+        document.pop("cattle", None)  # it names the host that was the only one
         lay_out(folder, document, cache=ROOT / ".cache", environ=self.shell)
 
     def go(self, kills: int) -> None:

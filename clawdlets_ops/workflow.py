@@ -38,6 +38,10 @@ class Snapshot(Cloud, Protocol):
         """Something was changed for ``host``."""
         ...
 
+    def look(self) -> None:
+        """Read the servers now, unless that was done lately."""
+        ...
+
 
 @dataclass(frozen=True)
 class Tools:
@@ -260,9 +264,14 @@ def _apply(stage: str, project: Project, host: str, tools: Tools, say: Callable[
             laid = payload.prepare(project, host, runner=runner)
             return bool(made.created or made.updated or laid.changed), f"payload {laid.digest[:12]}"
         case "provision":
-            before = _plan_provision(project, host, tools)
-            server = provision.apply(project, host, runner=runner, cloud=cloud, say=say)
-            return not before.empty, f"server {server.id} at {', '.join(server.addresses.values())}"
+            plans: list[provision.ProvisionPlan] = []
+
+            def before(planned: provision.ProvisionPlan) -> None:
+                _require_means(project, host, tools, planned)
+                plans.append(planned)
+
+            server = provision.apply(project, host, runner=runner, cloud=cloud, say=say, on_plan=before)
+            return not plans[0].empty, f"server {server.id} at {', '.join(server.addresses.values())}"
         case "install":
             if _plan_install(project, host, tools).empty:
                 return False, "installed already"
@@ -310,13 +319,17 @@ def _given(project: Project, host: str) -> dict[str, Secret]:
 
 
 def _plan_provision(project: Project, host: str, tools: Tools) -> provision.ProvisionPlan:
-    """The plan; refused before a server is paid for that could then not be installed."""
     planned = provision.plan_for(project, host, cloud=tools.cloud)
+    _require_means(project, host, tools, planned)
+    return planned
+
+
+def _require_means(project: Project, host: str, tools: Tools, planned: provision.ProvisionPlan) -> None:
+    """Refused before a server is paid for that could then not be installed: ToolMissingError, SettingsError."""
     if not planned.empty:
         require_program(tools.runner, "tofu", "install OpenTofu 1.10 or newer (make setup builds it)")
     if provision.SERVER not in planned.adopt or provision.SERVER in planned.loses:
         install.require_means(project, host, runner=tools.runner)
-    return planned
 
 
 def _plan_install(project: Project, host: str, tools: Tools) -> install.InstallPlan:

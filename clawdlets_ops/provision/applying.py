@@ -125,8 +125,10 @@ def apply(
     window_open: bool | None = None,
     within: Within = PATIENT,
     say: Say = lambda _: None,
+    on_plan: Callable[[ProvisionPlan], None] = lambda _: None,
 ) -> Server:
-    """Bring the cloud to the plan and prove by reading it back; returns the server.
+    """Bring the cloud to the plan and prove by reading it back; returns the server. ``on_plan`` is given the plan before
+    anything is done, and may refuse it by raising.
 
     Under the host's lock, which a killed run's OpenTofu keeps until it has ended; what hosts share (the SSH key, a
     placement group) is made under the project's lock. The plan is therefore made anew inside.
@@ -137,6 +139,7 @@ def apply(
         project.layout.lock(f"provision-{host}"), what=f"{host} in the cloud", wait_s=LOCK_WAIT_S, holder=holder
     ) as lock_fd:
         planned = plan_for(project, host, cloud=cloud, window_open=window_open)
+        on_plan(planned)
         if planned.empty:
             return wait_until_as_planned(planned, declared, cloud, project.poll_interval_s, within_s=within.applied_s)
         if _makes_shared(planned):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from clawdlets_ops.errors import CloudError
 from clawdlets_ops.fleet import Host
@@ -12,6 +12,8 @@ from clawdlets_ops.provision import render
 from clawdlets_ops.provision.planning import RUNNING, ProvisionPlan
 
 APPLIED_WITHIN_S = 60.0
+MOST_POLLS = 5
+"""The longest pause between two looks, in poll intervals: each costs two requests of the project's budget."""
 
 
 def differences(
@@ -92,7 +94,7 @@ def wait_until_as_planned(
 
     server, faults = Retrying(
         stop=stop_after_delay(within_s),
-        wait=wait_fixed(poll_s),
+        wait=wait_exponential(multiplier=poll_s, max=MOST_POLLS * poll_s),
         retry=retry_if_result(lambda seen: bool(seen[1])),
         retry_error_callback=lambda state: state.outcome.result() if state.outcome else (None, ["no answer"]),
     )(look)

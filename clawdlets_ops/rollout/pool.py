@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 RESERVE: Final = 100
 """Requests of the hourly budget (3600) that are left to others: below it no stage is begun."""
+STAGE_COST: Final = 25
+"""Requests that a stage may make, OpenTofu's among them: as much is set aside for each one that is at work."""
 STOP_GRACE_S: Final = 15.0
 
 
@@ -70,12 +72,21 @@ def bootstrap(
     """Every host through the stages to ``until``, ``parallel`` at a time; how each came out, in the order given. Nothing is
     raised for a host. ``stop`` has to be the one that ``tools`` was made with."""
 
+    at_work = _Gauge()
+
     def flow(host: str) -> Iterator[workflow.Outcome]:
-        check_budget(getattr(tools.cloud, "budget", None), where=host)
-        for outcome in workflow.bootstrap(project, host, tools, snapshot=snapshot, until=until):
-            yield outcome
-            if outcome.stage != until:
-                check_budget(getattr(tools.cloud, "budget", None), where=host)
+        if getattr(tools.cloud, "budget", None) is None:
+            with suppress(ClawdletsError):  # what is wrong is said by the stage that needs an answer
+                snapshot.look()  # which the stages look at anyway; the answer tells the budget
+
+        def check(others: int) -> None:
+            check_budget(getattr(tools.cloud, "budget", None), where=host, at_work=others)
+
+        with at_work.one(check):
+            for outcome in workflow.bootstrap(project, host, tools, snapshot=snapshot, until=until):
+                yield outcome
+                if outcome.stage != until:
+                    check(at_work.inside - 1)
 
     tools.journal.say("", "run", "started", f"bootstrap {' '.join(hosts)}", hosts=list(hosts), parallel=parallel)
     started = time.monotonic()
@@ -91,13 +102,16 @@ def bootstrap(
     return ends
 
 
-def check_budget(budget: Budget | None, *, where: str) -> None:
-    """CloudError when so few requests are left that a stage might be cut off in its middle."""
-    if budget is None or budget.remaining >= min(RESERVE, budget.limit // 4):
+def check_budget(budget: Budget | None, *, where: str, at_work: int = 0) -> None:
+    """CloudError when so few requests are left that a stage might be cut off in its middle. ``at_work``: other hosts whose
+    stages draw on the same budget."""
+    if budget is None or budget.remaining >= min(RESERVE, budget.limit // 4) + at_work * STAGE_COST:
         return
     whole = datetime.fromtimestamp(budget.resets_at, UTC)
     raise CloudError(
-        f"{budget.remaining} of the project's {budget.limit} API requests an hour are left: no stage is begun with so few",
+        f"{budget.remaining} of the project's {budget.limit} API requests an hour are left"
+        + (f", on which {at_work} other hosts draw" if at_work else "")
+        + ": no stage is begun with so few",
         where=where,
         fix=f"run again later (the budget is whole again at {whole:%H:%M} UTC), or with fewer hosts",
     )
@@ -132,6 +146,26 @@ def run(
             break
         threads[0].join(timeout=0.1) if threads[0].is_alive() else time.sleep(0.02)
     return work.ends(hosts)
+
+
+class _Gauge:
+    """How many are ``inside``. Who is turned away by its own check was never counted by another's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.inside = 0
+
+    @contextmanager
+    def one(self, check: Callable[[int], None]) -> Iterator[None]:
+        """Come in, if ``check`` of how many are inside does not raise."""
+        with self._lock:
+            check(self.inside)
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.inside -= 1
 
 
 @dataclass

@@ -68,6 +68,11 @@ class Snapshot:
             for kind in (_KEYS, _GROUPS, _VOLUMES, _ADDRESSES):
                 self._read.pop(kind, None)
 
+    def look(self) -> None:
+        """Read the list of our servers now, unless that was done lately."""
+        with self._lock:
+            self._listed(_SERVERS, self._cloud.managed_servers)
+
     def server(self, name: str) -> Server | None:
         """As of the list of our servers, else asked for by name."""
         return self._named(_SERVERS, name, self._cloud.managed_servers, self._cloud.server, host=name)
@@ -131,11 +136,14 @@ class Snapshot:
         host: str | None = None,
     ) -> T | None:
         with self._lock:
-            listed = self._once(kind, lambda: {str(getattr(one, "name", "")): one for one in list_ours()})
+            listed = self._listed(kind, list_ours)
             stale = host is not None and self._forgotten.get(host, -1.0) >= self._read[kind][0]
         if name in listed and not stale:
             return listed[name]
         return ask(name)
+
+    def _listed(self, kind: str, list_ours: Callable[[], tuple[T, ...]]) -> dict[str, T]:
+        return self._once(kind, lambda: {str(getattr(one, "name", "")): one for one in list_ours()})
 
     def _once(self, kind: str, read: Callable[[], T]) -> T:
         """What was read within ``MAX_AGE_S``, or what is read now. One thread reads, the others wait for it."""

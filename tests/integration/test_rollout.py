@@ -9,14 +9,17 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clawdlets_ops import workflow
 from clawdlets_ops.errors import CloudError, CommandError
 from clawdlets_ops.hetzner import Budget, HetznerCloud
+from clawdlets_ops.journal import Journal
 from clawdlets_ops.lab.api import Emulator
 from clawdlets_ops.lab.backend import LoopbackPool, StubBackend
 from clawdlets_ops.lab.cloud import Cloud
@@ -136,6 +139,53 @@ class TestBudget:
         assert "00:00 UTC" in str(caught.value)
         pool.check_budget(Budget(3600, 100, 0), where="alpha")
         pool.check_budget(None, where="alpha")
+
+    def test_what_others_may_still_ask_is_set_aside(self) -> None:
+        for_nine = pool.RESERVE + 9 * pool.STAGE_COST
+        pool.check_budget(Budget(3600, for_nine, 0), where="alpha", at_work=9)
+        with pytest.raises(CloudError, match=r"are left, on which 9 other hosts draw"):
+            pool.check_budget(Budget(3600, for_nine - 1, 0), where="alpha", at_work=9)
+
+    def test_a_run_on_a_budget_that_is_nearly_used_up_begins_few_and_asks_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Ten hosts at a time, none of which has been answered anything when they begin; four may."""
+        spent = Bucket(3600, clock=lambda: 0.0)
+        while spent.look().remaining > pool.RESERVE + 3 * pool.STAGE_COST + 1:
+            spent.take()
+        cloud = Cloud(backend=StubBackend(), addresses=LoopbackPool(), state_file=None)
+        journal = tmp_path / "journal.jsonl"
+        emulator = Emulator(cloud, token=TOKEN, journal_file=journal, budget=spent)
+        emulator.start()
+        refused = threading.Semaphore(0)
+
+        def flow(_: object, host: str, *__: object, **___: object) -> Iterator[Outcome]:
+            yield Outcome("payload", host, False, "", 0.0)
+            assert refused.acquire(timeout=30)  # at work until the others have been told
+            refused.release()
+
+        monkeypatch.setattr(workflow, "bootstrap", flow)
+        names = [f"h{number}" for number in range(10)]
+        client = HetznerCloud(Secret(TOKEN), emulator.endpoint, poll_interval_s=0.01)
+        tools = workflow.Tools(LocalRunner(os.environ), client, Journal(tmp_path / "run"))
+        told: list[HostEnd] = []
+
+        def on_end(end: HostEnd) -> None:
+            told.append(end)
+            if sum(one.state is State.FAILED for one in told) == 6:
+                refused.release()
+
+        try:
+            ends = pool.bootstrap(
+                None, names, tools=tools, snapshot=Snapshot(client), stop=threading.Event(), parallel=10,  # type: ignore[arg-type]
+                on_end=on_end, until="payload",
+            )  # fmt: skip
+        finally:
+            emulator.stop()
+            cloud.close()
+        assert Counter(end.state for end in ends) == {State.FAILED: 6, State.UNCHANGED: 4}
+        assert all("175 of the project's 3600 API requests" in end.text for end in ends if end.state is State.FAILED)
+        assert asked(journal) == ["/v1/servers"]
 
 
 @pytest.fixture
