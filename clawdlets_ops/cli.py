@@ -20,12 +20,13 @@ from clawdlets_ops.commands import destroy as destroy_commands
 from clawdlets_ops.commands import doctor as doctor_commands
 from clawdlets_ops.commands import fleet as fleet_commands
 from clawdlets_ops.commands import guard as guard_commands
+from clawdlets_ops.commands import init as init_commands
 from clawdlets_ops.commands import runs as runs_commands
 from clawdlets_ops.commands import secrets as secrets_commands
 from clawdlets_ops.commands import verify as verify_commands
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.finding import State, exit_code
-from clawdlets_ops.lab import control, doctor, faults, overview
+from clawdlets_ops.lab import control, doctor, faults, overview, setup
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
@@ -67,6 +68,7 @@ clawdlets.add_command(verify_commands.watch)
 clawdlets.add_command(bootstrap_commands.bootstrap)
 clawdlets.add_command(runs_commands.runs)
 clawdlets.add_command(doctor_commands.doctor)
+clawdlets.add_command(init_commands.init)
 clawdlets.add_command(fleet_commands.fleet)
 clawdlets.add_command(fleet_commands.host)
 clawdlets.add_command(fleet_commands.schema)  # as it was called before there was a group
@@ -87,6 +89,16 @@ def plan(project: Project, stage: str, host: str, allow_replace: tuple[str, ...]
 @clawdlets.group()
 def lab() -> None:
     """A Hetzner cloud in a box: rehearse the whole fleet on this machine."""
+
+
+@lab.command("setup")
+@click.option(
+    "--tailnet", is_flag=True, help="headscale and tailscaled too, for a real tailnet: six minutes of building."
+)
+@click.pass_context
+def lab_setup(context: click.Context, tailnet: bool) -> None:
+    """What the lab needs on this machine: packages, OpenTofu and the provider, the base image; again, it says nothing."""
+    setup.prepare(_layout(context), os.environ, tailnet=tailnet, say=click.echo)
 
 
 @lab.command("up")

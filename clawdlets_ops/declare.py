@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clawdlets_ops import fleetfile
@@ -34,6 +34,15 @@ class Wish:
     exposure: str = ""
     tailnet: str = ""
     secrets: Sequence[str] = ()
+
+
+def filled(wish: Wish, *, admin_cidrs: Sequence[str], ssh_pubkey_file: str) -> Wish:
+    """``wish`` with these where nothing was said."""
+    return replace(
+        wish,
+        admin_cidrs=wish.admin_cidrs or admin_cidrs,
+        ssh_pubkey_file=wish.ssh_pubkey_file or ssh_pubkey_file,
+    )
 
 
 def entry(wish: Wish, like: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -33,7 +33,19 @@ LAYERS: dict[str, frozenset[str]] = {
     "model": frozenset({"cloud", "declared", "herd", "bots", "fleet", "fleetfile", "layout", "project", "egress"}),
     "tools": frozenset({"sops", "age", "mkpasswd", "hostkey", "tofu", "hetzner", "nixos_anywhere", "ssh", "tailnet"}),
     "features": frozenset(
-        {"secrets", "guard", "provision", "install", "lockdown", "verify", "runs", "doctor", "declare", "orchestrator"}
+        {
+            "secrets",
+            "guard",
+            "provision",
+            "install",
+            "lockdown",
+            "verify",
+            "runs",
+            "doctor",
+            "declare",
+            "scaffold",
+            "orchestrator",
+        }
     ),
     "workflow": frozenset({"workflow", "rollout"}),
     "surfaces": frozenset(

@@ -88,7 +88,7 @@ def install(context: click.Context, remove: bool) -> None:
         top = repository.top.resolve()
         if not root.is_relative_to(top):
             raise SettingsError("is not below the work tree", where=str(root), fix="name the project with --project")
-        changes = hooks.install(repository, _program(), root.relative_to(top).as_posix())
+        changes = hooks.install(repository, program_words(), root.relative_to(top).as_posix())
     for change in changes:
         click.echo(f"{change.done} {change.hook}")
 
@@ -110,7 +110,7 @@ def _of_git(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _program() -> tuple[str, ...]:
+def program_words() -> tuple[str, ...]:
     """The words that start this very program from anywhere."""
     beside = Path(sys.executable).with_name("clawdlets")
     return (str(beside),) if beside.is_file() else ("clawdlets",)

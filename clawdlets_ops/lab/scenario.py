@@ -31,6 +31,7 @@ from clawdlets_ops.lab.headscale import AUTO
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import Command, LocalRunner, Result
 from clawdlets_ops.project import Project, load_project
+from clawdlets_ops.scaffold.shipped import texts
 from clawdlets_ops.verify import host as verify_host
 from clawdlets_ops.verify.exposure import SSH_PORT, Reach, measure_exposure
 
@@ -39,14 +40,6 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INVENTORY = Path("inventory") / "lab.py"
 IGNORED = "/.clawdlets/\n/.cache\n__pycache__/\n"
 
-_INVENTORY = """\
-import os
-from pathlib import Path
-
-from clawdlets_ops.pyinfra_plugin.inventory import fleet_hosts
-
-hosts = fleet_hosts(Path(__file__).parents[1], os.environ, environment="lab")
-"""
 _TOTAL = re.compile(r"^\s*Grand total\s+(\S+)\s+(\S+)\s+(\S+)\s+(\S+)", flags=re.MULTILINE)
 
 
@@ -106,9 +99,8 @@ def lay_out(
         document = {**document, "hosts": {name: document["hosts"][name] for name in hosts}}
     if hosts is not None or not layout.fleet_file.exists():
         layout.fleet_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    for stage in ("bootstrap", *workflow.STAGES, *workflow.LATER, "destroy"):
-        _unless_there(root / "deploys" / f"{stage}.py", f"from clawdlets_ops.deploys import {stage}\n\n{stage}()\n")
-    _unless_there(root / INVENTORY, _INVENTORY)
+    for name, text in {**texts("deploys", ".py"), **texts("inventory", ".py")}.items():
+        _unless_there(root / name, text)
     _unless_there(root / ".gitignore", IGNORED)
     layout.cache.symlink_to(cache.resolve())
     runner = LocalRunner(environ)
