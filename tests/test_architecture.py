@@ -44,6 +44,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "doctor",
             "declare",
             "scaffold",
+            "peer",
             "orchestrator",
         }
     ),

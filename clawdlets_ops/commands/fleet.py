@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from clawdlets_ops import declare, fleetfile
+from clawdlets_ops import declare, fleetfile, peer
 from clawdlets_ops.declare import Wish
 from clawdlets_ops.errors import FleetError
 from clawdlets_ops.files import locked, write_atomic
@@ -93,6 +93,61 @@ def migrate(context: click.Context, file: Path | None, dry: bool) -> None:
         else:
             _write(path, text)
     click.echo(f"{path}: schemaVersion {way}", err=dry)
+
+
+@fleet.command("import")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--host", "hosts", multiple=True, metavar="NAME", help="Only these hosts; default: all.")
+@click.option("--admin-cidr", "admin_cidrs", multiple=True, metavar="CIDR", help="In the place of what FILE says.")
+@click.option("--ssh-pubkey-file", default="", metavar="FILE", help="In the place of what FILE says.")
+@click.option(
+    "--write", is_flag=True, help="Write this project's fleet file, where there is none, instead of printing."
+)
+@click.pass_context
+def import_fleet(
+    context: click.Context,
+    file: Path,
+    hosts: tuple[str, ...],
+    admin_cidrs: tuple[str, ...],
+    ssh_pubkey_file: str,
+    write: bool,
+) -> None:
+    """A fleet from a configuration of the other clawdlets (TypeScript; v7 to v12, and infra v2).
+
+    What was changed or left out is listed on standard error. What is refused is listed too, and then nothing is written:
+    it never opens more than FILE says, and never takes a word for another.
+    """
+    read = peer.read(
+        fleetfile.read_text(file),
+        where=str(file),
+        said=peer.Decisions(admin_cidrs, ssh_pubkey_file),
+        only=hosts,
+    )
+    for note in read.notes:
+        click.echo(str(note), err=True)
+    if read.refused:
+        raise FleetError(
+            f"{len(read.refused)} of {len(read.notes)} notes are refusals, and nothing was imported",
+            where=str(file),
+            fix="decide them with the options of this command, or in the file, and run it again",
+        )
+    text = fleetfile.to_text(read.document)
+    if not write:
+        click.echo(text, nl=False)
+        return
+    layout = Layout(context.obj)
+    target = layout.fleet_file
+    with _alone(context):
+        if target.exists():
+            raise FleetError(
+                "is there already", where=str(target), fix="move it away, or leave out --write and merge by hand"
+            )
+        if not target.parent.is_dir():
+            raise FleetError(
+                "there is no such folder", where=str(target.parent), fix="clawdlets init DIR makes a project"
+            )
+        write_atomic(target, text, mode=PUBLIC_FILE)
+    click.echo(f"{target}: {len(read.document['hosts'])} hosts; next: clawdlets secrets init for each", err=True)
 
 
 @fleet.command("schema")
