@@ -450,6 +450,8 @@ def _describe(fault: Any) -> str:
         return f"{path}: unknown key; {hint}"
     if fault["type"] == "missing":
         return f"{path}: is required"
+    if fault["type"] == "union_tag_invalid":  # pydantic's own words would repeat the value
+        return f"{path}.{fault['ctx']['discriminator'].strip(chr(39))}: is none of {fault['ctx']['expected_tags']}"
     return f"{path}: {_plain(fault['msg'].removeprefix('Value error, '))}"
 
 

@@ -144,7 +144,7 @@ def test_ordinary_networks_are_not_the_world() -> None:
         ('{"schemaVersion": 2, "hosts": {"alpha": {}}}', "schemaVersion"),
         ('{"schemaVersion": 1, "hosts": {}}', "hosts"),
         ('{"schemaVersion": 1}', "hosts: is required"),
-        ('{"schemaVersion": 1, "state": {"backend": "gcs"}, "hosts": {}}', "state: "),
+        ('{"schemaVersion": 1, "state": {"backend": "gcs"}, "hosts": {}}', "state.backend: is none of"),
         ('{"schemaVersion": 1, "state": {"backend": "s3"}, "hosts": {}}', "state.s3.bucket: is required"),
         (
             '{"schemaVersion": 1, "state": {"backend": "http", "address": "https://canary@x/y"}, "hosts": {}}',
