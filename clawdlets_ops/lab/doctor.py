@@ -26,6 +26,7 @@ PROGRAMS: Final = {
     "umount": "mount",
     "nsenter": "util-linux",
 }
+SETUP: Final = "clawdlets lab setup, or make setup in a checkout"
 TOOLS: Final = ("tofu",)
 TIERS: Final[dict[str, dict[str, str]]] = {
     "unit": {},
@@ -65,14 +66,14 @@ def doctor(layout: Layout, environ: Mapping[str, str]) -> list[Finding]:
     path = f"{tools}:{environ.get('PATH', '')}"
     for tool in TOOLS:
         found = shutil.which(tool, path=path)
-        findings.append(_finding("LAB-07", found is not None, f"{tool} is there", found or "not found", "make setup"))
+        findings.append(_finding("LAB-07", found is not None, f"{tool} is there", found or "not found", SETUP))
     findings.append(
         _finding(
             "LAB-08",
             (layout.cache / "tools" / "mirror").is_dir(),
             "the provider mirror is there",
             str(layout.cache / "tools" / "mirror"),
-            "make setup",
+            SETUP,
         )
     )
     free = shutil.disk_usage(layout.root).free
@@ -93,11 +94,11 @@ def tiers(layout: Layout, environ: Mapping[str, str]) -> list[Finding]:
     findings = []
     for tier, programs in TIERS.items():
         lacking = {name: package for name, package in programs.items() if shutil.which(name, path=path) is None}
-        fix = f"make setup (Debian packages {', '.join(sorted(set(lacking.values())))})"
+        fix = f"{SETUP} (Debian packages {', '.join(sorted(set(lacking.values())))})"
         findings.append(_tier(tier, f"{', '.join(lacking)} not found" if lacking else "", fix))
     broken = [finding for finding in _essential(layout, environ) if finding.state is not State.PASS]
     if not (layout.cache / "tools" / "mirror").is_dir():
-        broken.append(_finding("LAB-08", False, "the provider mirror is there", "not built", "make setup"))
+        broken.append(_finding("LAB-08", False, "the provider mirror is there", "not built", SETUP))
     missing = "; ".join(f"{finding.claim}: {finding.observed}" for finding in broken)
     findings.append(_tier("lab", missing, "; ".join(dict.fromkeys(finding.fix for finding in broken))))
     return findings
@@ -117,13 +118,11 @@ def _essential(layout: Layout, environ: Mapping[str, str]) -> list[Finding]:
     ]
     for program, package in PROGRAMS.items():
         found = shutil.which(program, path=environ.get("PATH"))
-        fix = f"make setup (Debian package {package})"
+        fix = f"{SETUP} (Debian package {package})"
         findings.append(_finding("LAB-03", found is not None, f"{program} is there", found or "not found", fix))
     base = layout.cache / "lab" / "base"
     findings.append(
-        _finding(
-            "LAB-04", (base / "usr/lib/systemd/systemd").exists(), "the base image is there", str(base), "make setup"
-        )
+        _finding("LAB-04", (base / "usr/lib/systemd/systemd").exists(), "the base image is there", str(base), SETUP)
     )
     unfit = sorted(_UNFIT_FOR_MOUNT & set(f"{layout.root}{base.resolve()}"))
     observed = f"{layout.root} has {' '.join(unfit)}" if unfit else str(layout.root)
