@@ -34,6 +34,8 @@ class Wish:
     exposure: str = ""
     tailnet: str = ""
     secrets: Sequence[str] = ()
+    authorized_keys: Sequence[str] = ()
+    """The lines of public keys. A key that is only named by its file is not seen by the flake, unless git tracks the file."""
 
 
 def filled(wish: Wish, *, admin_cidrs: Sequence[str], ssh_pubkey_file: str) -> Wish:
@@ -60,6 +62,7 @@ def entry(wish: Wish, like: dict[str, Any] | None = None) -> dict[str, Any]:
         (("hetzner", "location"), wish.location),
         (("provisioning", "adminCidrs"), list(wish.admin_cidrs)),
         (("provisioning", "sshPubkeyFile"), wish.ssh_pubkey_file),
+        (("sshAuthorizedKeys",), list(wish.authorized_keys)),
         (("sshExposure", "mode"), wish.exposure),
         (("tailnet", "mode"), wish.tailnet),
         (("secrets",), dict(_secret(text) for text in wish.secrets)),

@@ -6,17 +6,20 @@ import json
 import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from clawdlets_ops import declare, fleetfile, peer
+from clawdlets_ops.commands.secrets import ENVIRON
 from clawdlets_ops.declare import Wish
 from clawdlets_ops.errors import FleetError
 from clawdlets_ops.files import locked, write_atomic
 from clawdlets_ops.fleet import json_schema, load_fleet, parse_fleet
 from clawdlets_ops.layout import Layout
+from clawdlets_ops.project import read_public_key
 
 PUBLIC_FILE = 0o644
 LOCK_WAIT_S = 10.0
@@ -191,7 +194,7 @@ def add(context: click.Context, /, name: str, like: str, **said: Any) -> None:
     path = _file(context, None)
     with _alone(context):
         text = fleetfile.read_text(path)
-        changed = declare.add_host(text, name, wish_of(said), like=like, where=str(path))
+        changed = declare.add_host(text, name, _with_line(context, wish_of(said)), like=like, where=str(path))
         _write(path, changed)
     click.echo(f"declared {name} in {path}")
     click.echo(f"next: clawdlets secrets init --host {name}, and commit", err=True)
@@ -200,6 +203,14 @@ def add(context: click.Context, /, name: str, like: str, **said: Any) -> None:
 def wish_of(said: dict[str, Any]) -> Wish:
     """What ``host_options`` gave."""
     return Wish(**{key: value for key, value in said.items() if value})
+
+
+def _with_line(context: click.Context, wish: Wish) -> Wish:
+    """The line of the key file besides its name, where there is such a file already; SettingsError when it is no key."""
+    named = wish.ssh_pubkey_file
+    home = Path(context.meta[ENVIRON].get("HOME", "/"))
+    path = home / named[2:] if named.startswith("~/") else context.obj / named
+    return replace(wish, authorized_keys=(read_public_key(path),)) if named and path.is_file() else wish
 
 
 def _file(context: click.Context, file: Path | None) -> Path:

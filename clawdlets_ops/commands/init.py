@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from clawdlets_ops import scaffold
 from clawdlets_ops.commands.fleet import host_options, wish_of
 from clawdlets_ops.commands.guard import program_words
 from clawdlets_ops.commands.secrets import ENVIRON
+from clawdlets_ops.declare import Wish
 from clawdlets_ops.errors import SettingsError
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import read_public_key
@@ -65,7 +67,7 @@ def init(
     environ: Mapping[str, str] = context.meta[ENVIRON]
     home = Path(environ.get("HOME", "/"))
     place = place_of(directory)
-    wish = wish_of({**said, "ssh_pubkey_file": _key(said["ssh_pubkey_file"], home, needed=not rehearsal)})
+    wish = _with_key(wish_of(said), home, needed=not rehearsal)
     if not (wish.admin_cidrs or rehearsal):
         raise SettingsError(
             "nobody could reach the host to install it",
@@ -88,22 +90,24 @@ def init(
     click.echo(f"next: cd {directory}, and the five commands in README.md", err=True)
 
 
-def _key(named: str, home: Path, *, needed: bool) -> str:
-    """The public key file as the fleet file names it: seen to be one, and below the home folder as ~/…; SettingsError."""
+def _with_key(wish: Wish, home: Path, *, needed: bool) -> Wish:
+    """The public key file as the fleet file names it (below the home folder as ~/…), and its line; SettingsError."""
+    named = wish.ssh_pubkey_file
     if not named:
         usual = [name for name in USUAL_KEYS if (home / name).is_file()]
         if usual and needed:
-            return f"~/{usual[0]}"
-        if needed:
+            named = f"~/{usual[0]}"
+        elif needed:
             raise SettingsError(
                 f"there is none of {', '.join(f'~/{name}' for name in USUAL_KEYS)}",
                 where="--ssh-pubkey-file",
                 fix="name your public key, or make one: ssh-keygen -t ed25519",
             )
-        return ""
+        else:
+            return wish
     path = home / named[2:] if named.startswith("~/") else Path(named).absolute()
-    read_public_key(path)
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+    name = f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+    return replace(wish, ssh_pubkey_file=name, authorized_keys=(read_public_key(path),))
 
 
 def _origin() -> str:

@@ -70,8 +70,7 @@ def read(text: str, *, where: str, said: Decisions | None = None, only: Collecti
     bots = _bots(fleet, readers, version) if version != INFRA else []
     fleet.leave(("codex", "backups"), "there is no such feature here")
     fleet.finish()
-    if version != INFRA:
-        top.leave(("cattle",), "personas and what each may have are declared anew: cattle in the fleet file")
+    top.leave(("cattle",), "personas and what each may have are declared anew: cattle in the fleet file")
     made = _hosts(top, version, readers, bots, fleet_keys, said or Decisions(), only)
     top.finish()
     document = {"$schema": "./clawdlets.schema.json", "schemaVersion": fleetfile.SCHEMA_VERSION, "hosts": made}

@@ -79,7 +79,7 @@ class Part:
             if key not in self.known:
                 near = difflib.get_close_matches(key, self.known, n=1, cutoff=0.6)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                self.note(key, "refused", f"no such key in this version, and its writer would not have said so{hint}")
+                self.note(key, "refused", f"no such key in this version; the other drops it without a word{hint}")
 
 
 _KINDS = {str: "text", bool: "true or false", int: "number", list: "list", dict: "object"}

@@ -79,7 +79,7 @@ def starter(host: str, wish: declare.Wish) -> dict[str, Any]:
             "location": "nbg1",
         },
         "provisioning": {
-            "$comment": "Who reaches SSH until lockdown: your own networks, IPv4 and IPv6. The key logs in as admin.",
+            "$comment": "Who reaches SSH until lockdown: your own networks, IPv4 and IPv6. The key logs in as admin; its line is in sshAuthorizedKeys, for the flake cannot read files of a home folder.",
         },
         "sshExposure": {
             "$comment": "tailnet: public SSH only until lockdown. bootstrap: not locked down yet. public: open for good.",

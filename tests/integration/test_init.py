@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from clawdlets_ops import scaffold
 from clawdlets_ops.cli import clawdlets
 from clawdlets_ops.errors import ClawdletsError, SettingsError
+from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.scaffold import place
 from clawdlets_ops.scaffold.source import UNLOCATED, source
@@ -153,6 +154,8 @@ class TestWhatIsSaid:
         text = (desk.root / "p" / "fleet" / "clawdlets.json").read_text()
         assert '"sshPubkeyFile": "~/.ssh/id_ed25519.pub"' in text
         assert '"system": "aarch64-linux"' in text
+        host = parse_fleet(text).host("bravo")
+        assert host.ssh_authorized_keys == (key.read_text().strip(),)  # what a flake can see of it
 
     def test_a_private_key_in_the_place_of_a_public_one(self, desk: Desk) -> None:
         (desk.root / "id").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\ncanary\n")

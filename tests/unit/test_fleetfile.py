@@ -15,7 +15,7 @@ from clawdlets_ops.cli import clawdlets
 from clawdlets_ops.declare import Wish
 from clawdlets_ops.errors import FleetError
 from clawdlets_ops.fleet import json_schema, load_fleet, parse_fleet
-from tests.unit.test_fleet import fleet, refused
+from tests.unit.test_fleet import KEY, fleet, refused
 
 EXAMPLE = Path(__file__).parents[2] / "fleet" / "clawdlets.json"
 REACHED = Wish(admin_cidrs=("203.0.113.0/24",), ssh_pubkey_file="~/.ssh/id_ed25519.pub")
@@ -226,6 +226,17 @@ def test_the_commands_on_a_project(project: Path) -> None:
     assert "fleet schema --write" in run(project, "fleet", "validate")
     run(project, "schema", "--write")
     assert "fleet schema --write" not in run(project, "fleet", "validate")
+
+
+def test_the_line_of_a_key_file_is_declared_with_its_name(project: Path) -> None:
+    (project / "ops.pub").write_text(f"{KEY}\n")
+    run(project, "host", "add", "bravo", "--ssh-pubkey-file", "ops.pub", "--admin-cidr", "203.0.113.0/24")
+    assert load_fleet(project / "fleet" / "clawdlets.json").host("bravo").ssh_authorized_keys == (KEY,)
+    (project / "ops.pub").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    done = CliRunner().invoke(
+        clawdlets, ["--project", str(project), "host", "add", "c", "--ssh-pubkey-file", "ops.pub"]
+    )
+    assert "this is a private key" in str(done.exception)
 
 
 def test_an_edit_goes_where_a_link_leads(project: Path, tmp_path: Path) -> None:
