@@ -55,6 +55,10 @@ updates:
 """
 WORKFLOW = f"jobs:\n  a:\n    steps:\n      - uses: actions/checkout@{'0a' * 20}\n"
 STAND_IN = "#!/bin/sh\n# stand-in for {name}: only says which version it would be\necho '{says}'\n"
+NIX = """#!/bin/sh
+# stand-in for nix: only says which version it would be, or what is in its store
+if [ "$1" = --version ]; then echo 'nix (Nix) 2.24.0'; else cat '{listing}'; fi
+"""
 GIT = {
     "GIT_CONFIG_GLOBAL": "/dev/null",
     "GIT_CONFIG_SYSTEM": "/dev/null",
@@ -112,6 +116,11 @@ class Patient:
         path.write_text(STAND_IN.format(name=name, says=says))
         path.chmod(0o755)
 
+    def nix(self, listing: object) -> None:
+        """A stand-in for nix, whatever this machine has: its version, or ``listing`` as the content of its store."""
+        listed = self.write("../listing.json", json.dumps(listing))
+        self.write("../bin/nix", NIX.format(listing=listed), 0o755)
+
     def fleet(self, **changes: Any) -> None:
         self.write("fleet/clawdlets.json", json.dumps({"schemaVersion": 1, "hosts": {"alpha": HOST}, **changes}))
 
@@ -156,6 +165,7 @@ def make(base: Path) -> Patient:
         (base / name).mkdir(mode=0o700)
     for name, says in (("tofu", "OpenTofu v1.10.6"), ("nixos-anywhere", "")):
         patient.program(name, says)
+    patient.nix({})
     private, public = hostkey.generate("maren")
     (base / "home" / "id_ed25519.pub").write_text(f"{public}\n")
     key = base / "home" / "id_ed25519"

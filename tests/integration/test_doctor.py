@@ -150,12 +150,7 @@ def _store(patient):
     planted = patient.write("../store/made-here", f"password={SETTING}\n")
     clean = patient.write("../store/from-cache", f"password={SETTING}\n")
     listing = {str(planted): {"signatures": []}, str(clean): {"signatures": ["cache.nixos.org-1:x"]}}
-    patient.write("../listing.json", json.dumps(listing))
-    script = patient.write("../bin/nix", "", 0o755)
-    script.write_text(
-        "#!/bin/sh\n# stand-in for nix: its version, or a listing of a store\n"
-        f"if [ $1 = --version ]; then echo 'nix (Nix) 2.24.0'; else cat {patient.base / 'listing.json'}; fi\n"
-    )
+    patient.nix(listing)
 
 
 def _few_bytes(patient):
