@@ -10,6 +10,7 @@ MAKEFLAGS += --no-print-directory
 PY := .venv/bin/python
 TESTFLAGS ?=
 LONG ?=
+PARALLEL ?= 2
 
 .PHONY: help setup venv tools base tailnet demo test lint bench lock clean
 
@@ -34,9 +35,9 @@ tailnet: ## headscale and tailscaled for the lab, whose tailnet is a stand-in wi
 demo: setup ## the whole workflow on the lab: declared fleet to verified, locked-down host, with no cloud account
 	@$(PY) -m clawdlets_ops.lab.demo
 
-test: setup lint ## lint, then every tier of tests that this machine can run; TESTFLAGS goes to pytest, LONG=1 adds the longest stories
+test: setup lint ## lint, then every tier of tests that this machine can run, PARALLEL=2 files at a time; LONG=1 adds the longest stories, TESTFLAGS goes to pytest
 	@tools/prepare tailnet || echo 'tailnet: not built; the tests that need it are skipped and the lab has its stand-in'
-	@LONG=$(LONG) $(PY) -m pytest $(TESTFLAGS)
+	@LONG=$(LONG) $(PY) -m pytest -n $(PARALLEL) --dist loadfile $(TESTFLAGS)
 
 lint: venv ## ruff (rules and format) and mypy --strict
 	@$(PY) -m ruff check --quiet .
