@@ -60,7 +60,8 @@ class Firewall:
 @dataclass(frozen=True)
 class Server:
     """A server as the API shows it. ``firewalls`` maps each attached firewall's id to its status (applied, pending),
-    ``primary_ips`` the family (ipv4, ipv6) to the id of its address. ``protected``: it can be neither deleted nor rebuilt."""
+    ``primary_ips`` the family (ipv4, ipv6) to the id of its address. ``protected``: it can be neither deleted nor rebuilt.
+    ``created`` is RFC 3339, by the API's clock."""
 
     id: int
     name: str
@@ -76,6 +77,7 @@ class Server:
     primary_ips: Mapping[str, int] = field(default_factory=dict)
     placement_group: int | None = None
     image: str | None = None
+    created: str = ""
 
     @property
     def addresses(self) -> dict[int, str]:

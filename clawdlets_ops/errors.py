@@ -10,6 +10,8 @@ ClawdletsError
 │   └── UnreadableError   it is there and cannot be decrypted: never the same as absent
 ├── SyncError             a host did not take what it was sent; says which set is active there
 ├── CloudError            the Hetzner API said no, or something else than expected
+│   └── OutcomeUnknown    … a change was asked for, and whether it was made is not known
+├── CattleError           a cattle server cannot be had as it was asked for
 ├── PlanRefused           an OpenTofu plan would do more than its stage is about
 ├── InstallRefused        the target must not be installed as it is
 ├── UnreachableError      a host did not answer in time
@@ -80,7 +82,19 @@ class SyncError(ClawdletsError):
 
 
 class CloudError(ClawdletsError):
-    """The Hetzner API refused, or its answer is not what was asked for."""
+    """The Hetzner API refused, or its answer is not what was asked for. ``code`` is the API's word for it, if it had one."""
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "", code: str = "") -> None:
+        self.code = code
+        super().__init__(what, where=where, fix=fix)
+
+
+class OutcomeUnknown(CloudError):
+    """A change was asked for, and whether it was made is not known: look before anything is asked for again."""
+
+
+class CattleError(ClawdletsError):
+    """A cattle server cannot be had as it was asked for."""
 
 
 class PlanRefused(ClawdletsError):

@@ -35,9 +35,12 @@ OWN_LABELS: Final = (
     "managed-by",
     "clawdlets-host",
     "clawdlets-cattle",
+    "clawdlets-orchestrator",
     "clawdlets-job",
+    "clawdlets-order",
     "clawdlets-persona",
     "clawdlets-bot",
+    "clawdlets-ttl",
     "clawdlets-deadline",
 )
 """Set by us on every cattle server; ``cattle.labels`` may add others, never these."""
@@ -50,6 +53,8 @@ OPERATORS_OWN: Final = frozenset(
         "tailscale_auth_key",
         "tailscale_cattle_auth_key",
         "tailscale_oauth_client_secret",
+        "headscale_api_key",
+        "clf_database_url",
     }
 )
 """Secrets that no persona may be given: whoever has one of these is no guest any more."""

@@ -31,7 +31,20 @@ LAYERS: dict[str, frozenset[str]] = {
         }
     ),
     "model": frozenset({"cloud", "declared", "herd", "bots", "fleet", "fleetfile", "layout", "project", "egress"}),
-    "tools": frozenset({"sops", "age", "mkpasswd", "hostkey", "tofu", "hetzner", "nixos_anywhere", "ssh", "tailnet"}),
+    "tools": frozenset(
+        {
+            "sops",
+            "age",
+            "mkpasswd",
+            "hostkey",
+            "tofu",
+            "hetzner",
+            "nixos_anywhere",
+            "ssh",
+            "tailnet",
+            "tailscale_api",
+        }
+    ),
     "features": frozenset(
         {
             "secrets",
@@ -46,6 +59,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "scaffold",
             "peer",
             "orchestrator",
+            "cattle",
         }
     ),
     "workflow": frozenset({"workflow", "rollout"}),

@@ -1,16 +1,17 @@
-"""What we read from the Hetzner Cloud API, through python-hcloud, as plain values. Changes go through OpenTofu, with two
-exceptions: rebuilding a named server from its image, which OpenTofu has no word for, and a firewall's rules and labels where
-a door has to open or close at a time when no OpenTofu runs (``lockdown/``).
+"""What we read from the Hetzner Cloud API, through python-hcloud, as plain values. Changes go through OpenTofu, with three
+exceptions: rebuilding a named server from its image and cattle, which comes and goes, for which OpenTofu has no word; and
+a firewall's rules and labels where a door has to open or close at a time when no OpenTofu runs (``lockdown/``).
 
 The only importer of ``hcloud``. Facts about the API: docs.hetzner.cloud.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
@@ -19,6 +20,7 @@ import requests
 from hcloud.actions import ActionException
 from hcloud.firewalls import Firewall as HcloudFirewall
 from hcloud.firewalls import FirewallRule as HcloudRule
+from hcloud.servers import BoundServer
 
 from clawdlets_ops.cloud import (
     HOST_LABEL,
@@ -40,7 +42,8 @@ from clawdlets_ops.cloud import (
     fingerprint_md5,
     is_ours,
 )
-from clawdlets_ops.errors import CloudError, SettingsError
+from clawdlets_ops.errors import CloudError, OutcomeUnknown, SettingsError
+from clawdlets_ops.hetzner import answers
 from clawdlets_ops.sensitive import Redactor, Secret
 
 __all__ = [
@@ -72,6 +75,14 @@ REMEMBER_S = 300.0
 BUDGET_ROUNDS = 3
 BUDGET_PAUSE_S = 20.0
 KINDS = ("servers", "volumes", "primary_ips", "firewalls", "placement_groups", "ssh_keys")
+REFUSALS = frozenset(
+    {
+        "deprecated_api_endpoint", "forbidden", "invalid_input", "json_error", "locked", "method_not_allowed", "not_found",
+        "placement_error", "protected", "rate_limit_exceeded", "resource_in_use", "resource_limit_exceeded",
+        "resource_unavailable", "token_readonly", "unauthorized", "uniqueness_error", "404",
+    }
+)  # fmt: skip
+"""With these the API says that it has not begun. Any other answer to a change leaves open whether it was made."""
 READ_ONLY = ("token_readonly", "forbidden", 403)
 
 T = TypeVar("T")
@@ -143,6 +154,7 @@ class HetznerCloud:
         *,
         poll_interval_s: float = 1.0,
         sleep: Callable[[float], None] = time.sleep,
+        order_timeout_s: float | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._sleep = sleep
@@ -156,62 +168,72 @@ class HetznerCloud:
         )
         self.budget: Budget | None = None
         self._remembered: dict[str, tuple[float, Any]] = {}
+        self.api_time_s: float | None = None
         self._client._client._session.hooks["response"].append(self._note_budget)
+        self._once = hcloud.Client(
+            token=token.reveal(),
+            api_endpoint=endpoint,
+            application_name="clawdlets-ops",
+            timeout=REQUEST_TIMEOUT_S if order_timeout_s is None else order_timeout_s,
+        )
+        self._once._client._retry_max_retries = 0  # python-hcloud sends a POST again that timed out
 
     def _note_budget(self, response: requests.Response, *_: Any, **__: Any) -> None:
-        """Read the ``RateLimit-*`` headers, of a refusal too."""
+        """Read the ``RateLimit-*`` headers, of a refusal too, and what time it is there."""
         said = [response.headers.get(f"RateLimit-{name}", "") for name in ("Limit", "Remaining", "Reset")]
         if all(text.isascii() and text.isdigit() for text in said):
             limit, remaining, reset = map(int, said)
             self.budget = Budget(limit, remaining, reset)
+        with suppress(ValueError, TypeError):
+            self.api_time_s = parsedate_to_datetime(response.headers.get("Date", "")).timestamp()
 
     def server(self, name: str) -> Server | None:
         """The server called ``name``, or None; one request."""
         found = self._ask(f"server {name}", lambda: self._client.servers.get_by_name(name))
-        return _server(found) if found else None
+        return answers.server(found) if found else None
 
     def firewall(self, name: str) -> Firewall | None:
         """The firewall called ``name``, or None; one request."""
         found = self._ask(f"firewall {name}", lambda: self._client.firewalls.get_by_name(name))
-        return _firewall(found) if found else None
+        return answers.firewall(found) if found else None
 
     def ssh_key(self, fingerprint: str) -> SshKey | None:
         """The key with this MD5 fingerprint, or None; one request."""
         found = self._ask("SSH key", lambda: self._client.ssh_keys.get_by_fingerprint(fingerprint))
-        return _ssh_key(found) if found else None
+        return answers.ssh_key(found) if found else None
 
     def managed_servers(self) -> tuple[Server, ...]:
         """Every server with our label; one request for each 50."""
         found = self._ask("servers", lambda: self._client.servers.get_all(label_selector=OURS))
-        return tuple(_server(one) for one in found)
+        return tuple(answers.server(one) for one in found)
 
     def managed_firewalls(self) -> tuple[Firewall, ...]:
         """Every firewall with our label; one request for each 50."""
         found = self._ask("firewalls", lambda: self._client.firewalls.get_all(label_selector=OURS))
-        return tuple(_firewall(one) for one in found)
+        return tuple(answers.firewall(one) for one in found)
 
     def managed_placement_groups(self) -> tuple[PlacementGroup, ...]:
         """Every placement group with our label; one request for each 50."""
         found = self._ask("placement groups", lambda: self._client.placement_groups.get_all(label_selector=OURS))
-        return tuple(_placement_group(one) for one in found)
+        return tuple(answers.placement_group(one) for one in found)
 
     def volumes(self) -> tuple[Volume, ...]:
         """Every volume of the project; one request for each 50."""
-        return tuple(_volume(found) for found in self._ask("volumes", self._client.volumes.get_all))
+        return tuple(answers.volume(found) for found in self._ask("volumes", self._client.volumes.get_all))
 
     def primary_ips(self) -> tuple[PrimaryIp, ...]:
         """Every primary IP of the project; one request for each 50."""
-        return tuple(_primary_ip(found) for found in self._ask("primary IPs", self._client.primary_ips.get_all))
+        return tuple(answers.primary_ip(found) for found in self._ask("primary IPs", self._client.primary_ips.get_all))
 
     def placement_group(self, name: str) -> PlacementGroup | None:
         """The placement group called ``name``, or None; one request."""
         found = self._ask(f"placement group {name}", lambda: self._client.placement_groups.get_by_name(name))
-        return _placement_group(found) if found else None
+        return answers.placement_group(found) if found else None
 
     def offers(self) -> tuple[Offer, ...]:
         """Every server type, with where it can be ordered now; one request for each 50."""
         return self._lately(
-            "offers", lambda: tuple(map(_offer, self._ask("server types", self._client.server_types.get_all)))
+            "offers", lambda: tuple(map(answers.offer, self._ask("server types", self._client.server_types.get_all)))
         )
 
     def has_image(self, name: str, architecture: str) -> bool:
@@ -257,7 +279,7 @@ class HetznerCloud:
             found = self._client.images.get_by_name_and_architecture(image, architecture or "x86")
             if found is None:
                 raise CloudError(f"there is no image {image!r}", where=f"hosts.{server.name}.hetzner.image")
-            protected = _has(bound, "rebuild")
+            protected = answers.is_protected(bound, "rebuild")
             if protected:  # the operator has named this host to be wiped; the next provision protects it anyway
                 bound.change_protection(delete=False, rebuild=False).wait_until_finished()
             bound.rebuild(image=found).action.wait_until_finished(max_retries=REBUILD_POLLS)
@@ -294,6 +316,109 @@ class HetznerCloud:
         self._ask(
             f"firewall {firewall.name} (labels)", lambda: self._client.firewalls.update(bound, labels=dict(labels))
         )
+
+    # Servers that come and go without OpenTofu: cattle.
+
+    def servers_with(self, labels: Mapping[str, str]) -> tuple[Server, ...]:
+        """Every server that has all these labels (every server, for none); one request for each 50."""
+        selector = ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
+        found = self._ask("servers", lambda: self._client.servers.get_all(label_selector=selector or None))
+        return tuple(answers.server(one) for one in found)
+
+    def server_by_id(self, server_id: int) -> Server | None:
+        """The server with this id, or None; one request."""
+
+        def call() -> Any:
+            try:
+                return self._client.servers.get_by_id(server_id)
+            except hcloud.APIException as error:
+                if error.code in ("not_found", 404):
+                    return None
+                raise
+
+        found = self._ask(f"server {server_id}", call)
+        return answers.server(found) if found else None
+
+    def order_server(
+        self,
+        name: str,
+        *,
+        image: str,
+        server_type: str,
+        location: str,
+        labels: Mapping[str, str],
+        user_data: Secret,
+        firewalls: Sequence[int],
+    ) -> Server:
+        """Order a server, with one request that is never sent twice. CloudError: it was refused, and there is none.
+        OutcomeUnknown: no answer, or one that does not say; look for the labels before anything else."""
+        body = {
+            "name": name,
+            "image": image,
+            "server_type": server_type,
+            "location": location,
+            "labels": dict(labels),
+            "user_data": user_data.reveal(),
+            "firewalls": [{"firewall": firewall} for firewall in firewalls],
+            "public_net": {"enable_ipv4": True, "enable_ipv6": True},
+            "start_after_create": True,
+        }
+        answer = self._change(f"server {name}", "POST", "/servers", body)
+        try:
+            return answers.server(BoundServer(self._client.servers, data=dict(answer["server"])))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise OutcomeUnknown(f"server {name}: the answer is not one", where=self._endpoint) from error
+
+    def delete_server(self, server_id: int) -> None:
+        """Ask for the server's deletion, once; one that is not there is none. CloudError, OutcomeUnknown."""
+        try:
+            self._change(f"server {server_id}", "DELETE", f"/servers/{server_id}", None)
+        except CloudError as error:
+            if error.code not in ("not_found", "404"):
+                raise
+
+    def make_firewall(self, name: str, *, rules: Sequence[FirewallRule], labels: Mapping[str, str]) -> Firewall:
+        """The firewall called ``name``, made unless it is there. CloudError; OutcomeUnknown."""
+        if (found := self.firewall(name)) is not None:
+            return found
+        sent = [
+            {
+                "direction": rule.direction,
+                "protocol": rule.protocol,
+                "port": rule.port,
+                "source_ips": list(rule.networks),
+                "description": rule.description,
+            }
+            for rule in rules
+        ]
+        try:
+            self._change(
+                f"firewall {name}", "POST", "/firewalls", {"name": name, "labels": dict(labels), "rules": sent}
+            )
+        except CloudError as error:
+            if error.code != "uniqueness_error":  # somebody else made it meanwhile
+                raise
+        made = self.firewall(name)
+        if made is None:
+            raise CloudError(f"firewall {name}: was made, and is not there", where=self._endpoint)
+        return made
+
+    def _change(self, what: str, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        """One request that changes something, sent once."""
+        try:
+            answer: dict[str, Any] = self._once._client.request(
+                method=method, url=path, **({} if body is None else {"json": body})
+            )
+            return answer
+        except hcloud.APIException as error:
+            code = str(error.code)
+            said = f"{what}: {self._redactor.scrub(str(error.message))} ({code})"
+            kind = CloudError if code in REFUSALS else OutcomeUnknown
+            raise kind(said, where=self._endpoint, code=code) from None
+        except requests.exceptions.RequestException as error:
+            raise OutcomeUnknown(
+                f"{what}: the API did not answer ({type(error).__name__})", where=self._endpoint
+            ) from None
 
     def _lately(self, what: str, ask: Callable[[], T]) -> T:
         """What was asked less than REMEMBER_S ago is not asked again: for what is the same for every host."""
@@ -338,89 +463,3 @@ class HetznerCloud:
                 where=self._endpoint,
                 fix="check the network; with the lab: is it up (clawdlets lab status)?",
             ) from None
-
-
-def _server(found: Any) -> Server:
-    public = found.public_net
-    ipv6 = None
-    if public and public.ipv6:
-        ipv6 = str(ipaddress.ip_network(public.ipv6.ip)[1])  # Hetzner gives a /64; the machine takes the first address
-    return Server(
-        id=found.id,
-        name=found.name,
-        status=found.status,
-        labels=dict(found.labels or {}),
-        server_type=found.server_type.name,
-        location=found.location.name if getattr(found, "location", None) else "",
-        ipv4=public.ipv4.ip if public and public.ipv4 else None,
-        ipv6=ipv6,
-        firewalls={part.firewall.id: part.status for part in (public.firewalls if public else ())},
-        protected=_has(found, "delete") and _has(found, "rebuild"),
-        volumes=frozenset(int(volume.id) for volume in found.volumes or ()),
-        primary_ips={
-            family: int(address.id)
-            for family, address in (("ipv4", public and public.primary_ipv4), ("ipv6", public and public.primary_ipv6))
-            if address
-        },
-        placement_group=int(found.placement_group.id) if found.placement_group else None,
-        image=found.image.name if found.image else None,
-    )
-
-
-def _has(found: Any, protection: str) -> bool:
-    return bool((found.protection or {}).get(protection))
-
-
-def _ssh_key(found: Any) -> SshKey:
-    return SshKey(
-        int(found.id or 0), found.name or "", dict(found.labels or {}), found.fingerprint or "", found.public_key or ""
-    )
-
-
-def _placement_group(found: Any) -> PlacementGroup:
-    members = frozenset(int(member) for member in found.servers or ())
-    return PlacementGroup(int(found.id or 0), found.name or "", dict(found.labels or {}), members)
-
-
-def _volume(found: Any) -> Volume:
-    attached = int(found.server.id) if found.server else None
-    return Volume(int(found.id), found.name, dict(found.labels or {}), int(found.size), attached, _has(found, "delete"))
-
-
-def _primary_ip(found: Any) -> PrimaryIp:
-    return PrimaryIp(
-        id=int(found.id),
-        name=found.name,
-        labels=dict(found.labels or {}),
-        family=found.type,
-        server=int(found.assignee_id) if found.assignee_id else None,
-        auto_delete=bool(found.auto_delete),
-        protected=_has(found, "delete"),
-    )
-
-
-def _offer(found: Any) -> Offer:
-    """``available`` is of each location since April 2026; one that is deprecated there takes no new orders."""
-    here = [place for place in found.locations or () if place.deprecation is None]
-    places = frozenset(place.location.name for place in here if getattr(place, "available", None) is not False)
-    return Offer(found.name, found.architecture, places)
-
-
-def _firewall(found: Any) -> Firewall:
-    return Firewall(
-        id=found.id,
-        name=found.name,
-        labels=dict(found.labels or {}),
-        rules=tuple(
-            sorted(
-                FirewallRule(
-                    direction=rule.direction,
-                    protocol=rule.protocol,
-                    port=rule.port,
-                    networks=tuple(sorted(rule.source_ips if rule.direction == "in" else rule.destination_ips)),
-                    description=rule.description or "",
-                )
-                for rule in found.rules or ()
-            )
-        ),
-    )

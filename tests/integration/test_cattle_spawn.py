@@ -1,0 +1,276 @@
+"""The life of a cattle server, over the real emulator and the real queue: one server, whatever dies and whatever is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clawdlets_ops.cattle import labels, userdata
+from clawdlets_ops.orchestrator.jobs import Status
+from clawdlets_ops.sensitive import Secret
+from tests.cattle_desk import Desk, Killed, herd, running_desk
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    with running_desk(tmp_path) as found:
+        yield found
+
+
+def let_run(desk: Desk, job_id: str) -> None:
+    """A worker sees the job through; the machine's result comes as soon as there is a server."""
+    with desk.working():
+        desk.until(lambda: "runningAt" in desk.job(job_id).state)
+        desk.finish(job_id)
+        desk.until(lambda: desk.job(job_id).status in (Status.DONE, Status.FAILED))
+
+
+def die(at: str, when: str, times: int = 1) -> Callable[[str], None]:
+    """Kills the worker at the n-th call of this name."""
+    left = [times]
+
+    def spy(name: str) -> None:
+        if name == at:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed(f"{when} {at}")
+
+    return spy
+
+
+def test_a_spawn_makes_one_server_waits_for_the_result_and_deletes_it(desk: Desk) -> None:
+    job_id = desk.enqueue()
+    let_run(desk, job_id)
+    job = desk.job(job_id)
+    assert job.status is Status.DONE
+    assert job.result is not None
+    assert job.result["task"] == {"status": "ok", "output": "hello"}
+    assert list(job.result["timeline"]) == ["enqueuedAt", "orderedAt", "postedAt", "runningAt", "resultAt", "goneAt"]
+    assert desk.servers() == ()
+    assert desk.cloud.calls.count("order_server") == 1
+
+
+def test_the_server_carries_the_whole_label_set_and_no_way_in(desk: Desk) -> None:
+    job_id = desk.enqueue(ttl="5m")
+    with desk.working():
+        desk.until(lambda: "serverId" in desk.job(job_id).state)
+        (server,) = desk.servers()
+        brand = labels.read(server.labels)
+        assert brand is not None
+        assert (brand.job_id, brand.persona, brand.bot, brand.ttl_s) == (job_id, "rex", "maren", 300)
+        assert brand.order == desk.job(job_id).state["order"]["order"]
+        assert server.name == labels.server_name("rex", job_id)
+        assert len(server.firewalls) == 1
+        desk.finish(job_id)
+        desk.until(lambda: desk.job(job_id).status is Status.DONE)
+
+
+@pytest.mark.parametrize(
+    ("at", "when"),
+    [
+        ("servers_with", "before"),
+        ("make_firewall", "before"),
+        ("make_firewall", "after"),
+        ("order_server", "before"),
+        ("order_server", "after"),
+        ("server_by_id", "before"),
+        ("server_by_id", "after"),
+        ("delete_server", "before"),
+        ("delete_server", "after"),
+    ],
+)
+def test_a_worker_that_dies_at_a_call_leaves_one_server_at_most_and_the_next_one_goes_on(
+    desk: Desk, at: str, when: str
+) -> None:
+    job_id = desk.enqueue()
+    desk.finish(job_id)
+    setattr(desk.cloud, when, die(at, when))
+    with pytest.raises(Killed):
+        desk.worker("dies").run_one()
+    assert len(desk.servers()) <= 1
+    setattr(desk.cloud, when, lambda name: None)
+    desk.end_lease(job_id)
+    assert desk.worker("next").run_one()
+    assert desk.job(job_id).status is Status.DONE
+    assert desk.servers() == ()
+    assert desk.cloud.calls.count("order_server") <= 2
+
+
+def test_a_leased_again_job_adopts_the_server_with_its_label(desk: Desk) -> None:
+    job_id = desk.enqueue()
+    desk.cloud.after = die("order_server", "after")
+    with pytest.raises(Killed):
+        desk.worker("dies").run_one()
+    (before,) = desk.servers()
+    assert "serverId" not in desk.job(job_id).state
+    desk.cloud.after = lambda name: None
+    desk.end_lease(job_id)
+    let_run(desk, job_id)
+    assert desk.job(job_id).result["server"]["id"] == before.id  # type: ignore[index]
+    assert desk.cloud.calls.count("order_server") == 1
+    assert any("adopted" in event.message for event in desk.queue.events(job_id))
+
+
+def test_a_server_that_arrives_late_has_void_tokens_and_goes_first(desk: Desk) -> None:
+    """The order of a killed worker is carried out after the next one has looked: same name, so there are never two."""
+    job_id = desk.enqueue()
+    held: list[dict[str, Any]] = []
+    real = desk.cloud._cloud.order_server
+
+    def hold(name: str, **more: Any) -> Any:
+        if not held:
+            held.append({"name": name, **more})
+            raise Killed("the request is on its way")
+        late = dict(held[0])
+        if not late.pop("done", None):
+            held[0]["done"] = True
+            real(late.pop("name"), **late)
+        return real(name, **more)
+
+    desk.cloud._cloud.order_server = hold  # type: ignore[method-assign, assignment]
+    with pytest.raises(Killed):
+        desk.worker("dies").run_one()
+    desk.end_lease(job_id)
+    let_run(desk, job_id)
+    assert desk.job(job_id).status is Status.DONE
+    assert desk.servers() == ()
+    assert any("whose tokens are void" in event.message for event in desk.queue.events(job_id))
+
+
+@pytest.mark.parametrize(
+    ("fault", "orders"),
+    [
+        ("answer 500 POST /servers times=1", 2),
+        ("answer 429 POST /servers times=1", 2),
+        ("answer resource_unavailable POST /servers times=1", 2),
+        ("answer conflict POST /servers times=1", 2),
+        ("cut POST /servers times=1", 2),
+        ("lost-answer POST /servers times=1", 1),
+        ("timeout POST /servers seconds=4 times=1", 2),
+        ("slow POST /servers seconds=1 times=1", 1),
+        ("answer 500 DELETE /servers/* times=2", 1),
+        ("lost-answer DELETE /servers/* times=1", 1),
+        ("answer 500 GET /servers times=1", 1),
+    ],
+)
+def test_whatever_the_api_answers_there_is_one_server_and_the_job_ends(
+    desk: Desk, fault: str, orders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clawdlets_ops.cattle.spawn._WAIT", {"rate_limit_exceeded": 0.0, "locked": 0.0})
+    monkeypatch.setattr("clawdlets_ops.orchestrator.queue.backoff_ms", lambda attempt: 0)
+    desk.fault(fault)
+    job_id = desk.enqueue()
+    most = 0
+    with desk.working():
+        desk.until(lambda: "serverId" in desk.job(job_id).state, timeout_s=30)
+        most = max(most, len(desk.servers()))
+        desk.finish(job_id)
+        desk.until(lambda: desk.job(job_id).status is Status.DONE, timeout_s=30)
+    assert most == 1
+    assert desk.servers() == ()
+    assert desk.cloud.calls.count("order_server") <= orders
+    assert len(set(desk.ever_made())) == 1
+
+
+def test_a_type_that_is_sold_out_is_replaced_by_another_that_is_allowed(desk: Desk) -> None:
+    desk.fault("answer resource_unavailable POST /servers times=2")
+    job_id = desk.enqueue()
+    with desk.working():
+        desk.until(lambda: "serverId" in desk.job(job_id).state)
+        (server,) = desk.servers()
+        assert (server.server_type, server.location) == ("cx33", "nbg1")
+        desk.finish(job_id)
+        desk.until(lambda: desk.job(job_id).status is Status.DONE)
+
+
+def test_what_was_asked_for_by_name_is_not_replaced(desk: Desk) -> None:
+    desk.fault("answer resource_unavailable POST /servers times=9")
+    job_id = desk.enqueue(serverType="cx33", location="fsn1")
+    assert desk.worker().run_one()
+    assert desk.cloud.calls.count("order_server") == 1
+    assert "resource" in desk.job(job_id).last_error
+
+
+def test_caps_hold_in_all_and_per_bot_with_several_workers_at_once(desk: Desk) -> None:
+    desk.cattle = herd(maxInstances=2, maxPerBot=2)
+    jobs = [desk.enqueue() for _ in range(3)] + [desk.enqueue("otto"), desk.enqueue("otto")]
+    most, of_otto = 0, 0
+    with desk.working(5):
+
+        def step() -> bool:
+            nonlocal most, of_otto
+            now = desk.servers()
+            most = max(most, len(now))
+            of_otto = max(of_otto, sum(one.labels[labels.BOT] == "otto" for one in now))
+            for job_id in jobs:
+                job = desk.job(job_id)
+                if "runningAt" in job.state and job.task_result is None:
+                    desk.finish(job_id)
+            return all(desk.job(job_id).status in (Status.DONE, Status.FAILED, Status.QUEUED) for job_id in jobs)
+
+        desk.until(step, timeout_s=40)
+    assert 1 <= most <= 2
+    assert of_otto <= 1
+    assert desk.servers() == ()
+
+
+def test_a_server_that_is_switched_off_counts_and_its_job_ends(desk: Desk) -> None:
+    job_id = desk.enqueue()
+    with desk.working():
+        desk.until(lambda: "runningAt" in desk.job(job_id).state)
+        (server,) = desk.servers()
+        desk.cloud._cloud._client.servers.get_by_id(server.id).power_off()
+        desk.until(lambda: desk.job(job_id).status is Status.FAILED)
+    assert desk.servers() == ()
+    assert "sent no result" in desk.job(job_id).last_error
+
+
+def test_a_canceled_job_leaves_no_server_and_no_token(desk: Desk) -> None:
+    job_id = desk.enqueue()
+    with desk.working():
+        desk.until(lambda: "serverId" in desk.job(job_id).state)
+        desk.queue.cancel(job_id)
+        desk.until(lambda: desk.job(job_id).status is Status.CANCELED)
+    assert desk.servers() == ()
+    assert desk.tokens.revoke(job_id) == 0
+
+
+def test_a_job_whose_time_is_up_leaves_no_server(desk: Desk) -> None:
+    job_id = desk.enqueue()
+    with desk.working():
+        desk.until(lambda: "serverId" in desk.job(job_id).state)
+        desk.clock._offset += 3_600_000  # an hour passes
+        desk.until(lambda: desk.job(job_id).status is Status.FAILED)
+    assert desk.servers() == ()
+
+
+def test_a_name_that_somebody_else_has_is_not_taken_over(desk: Desk) -> None:
+    job_id = desk.enqueue()
+    desk.cloud._cloud.order_server(
+        labels.server_name("rex", job_id), image="debian-12", server_type="cx23", location="nbg1", labels={"whose": "not-ours"},
+        user_data=Secret("#cloud-config\n"), firewalls=(),
+    )  # fmt: skip
+    assert desk.worker().run_one()
+    assert desk.job(job_id).status is Status.FAILED
+    assert "not this job's" in desk.job(job_id).last_error
+    (left,) = desk.cloud._cloud._client.servers.get_all()
+    assert left.labels == {"whose": "not-ours"}
+
+
+def test_no_job_state_event_or_result_holds_a_token_or_a_key(desk: Desk) -> None:
+    job_id = desk.enqueue()
+    let_run(desk, job_id)
+    document = desk.cloud.documents[0]
+    token = next(entry for entry in userdata.entries(document) if entry.path.endswith("bootstrap.json")).content
+    secret = token.decode().split('"token": "')[1].split('"')[0]
+    assert len(secret) == 64
+    stored = (desk.folder / "state" / "state.sqlite").read_bytes() + (
+        desk.folder / "state" / "state.sqlite-wal"
+    ).read_bytes()
+    assert job_id.encode() in stored  # the search can find something
+    assert secret.encode() not in stored
+    assert b"tskey-auth-canary" not in stored
+    assert secret not in str(desk.queue.events(job_id))
