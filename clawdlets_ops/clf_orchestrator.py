@@ -12,15 +12,10 @@ from pathlib import Path
 
 import click
 
+from clawdlets_ops.cattle.wiring import make_work
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.layout import ORCHESTRATOR_CONFIG
 from clawdlets_ops.orchestrator import daemon
-
-
-def make_work(parts: daemon.Parts) -> daemon.Work:
-    """The kinds of jobs that this program does."""
-    del parts
-    return daemon.Work()
 
 
 @click.command()

@@ -116,10 +116,11 @@ class BotLimits(Model):
 class CattleTailnet(Model):
     """How cattle gets onto the tailnet. ``minted``: a key for each machine, ephemeral, tagged, for one use, for ``keyTtl``,
     from Tailscale's API with the secret ``tailscale_oauth_client_secret``. ``headscale``: the same from a headscale at
-    ``apiEndpoint``, with the secret ``headscale_api_key``. ``static``: the one key in ``tailscale_cattle_auth_key``, which
+    ``apiEndpoint`` for ``headscaleUser``, with the secret ``headscale_api_key``. ``static``: the one key in ``tailscale_cattle_auth_key``, which
     every machine holds; it is to be replaced every ``rotateAfterDays``."""
 
     key: Literal["minted", "headscale", "static"] = "minted"
+    headscale_user: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9@._-]{0,62}$")] = "clawdlets"
     tag: Tag = "tag:clawdlets-cattle"
     key_ttl: Duration = "10m"
     rotate_after_days: Annotated[int, Field(ge=1, le=90)] = 30

@@ -1,24 +1,38 @@
-"""The two kinds of job that the orchestrator knows of cattle, wired to its queue and its tokens."""
+"""The two kinds of job that the orchestrator knows of cattle, wired to its queue, its tokens and its configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
+from clawdlets_ops.cattle import personas
+from clawdlets_ops.cattle.keys import KeyDesk, MintedKeys, StaticKey
 from clawdlets_ops.cattle.orders import judge, judge_reap
 from clawdlets_ops.cattle.reap import Reaper, Seen
 from clawdlets_ops.cattle.spawn import Spawner
-from clawdlets_ops.herd import Cattle
+from clawdlets_ops.errors import OrchestratorError
+from clawdlets_ops.herd import Cattle, secrets_of
+from clawdlets_ops.hetzner import HetznerCloud
+from clawdlets_ops.orchestrator.daemon import Config, Parts, Work
 from clawdlets_ops.orchestrator.jobs import FINISHED, FieldError, Job, Kind, Status
 from clawdlets_ops.orchestrator.queue import NoSuchJob, Queue
 from clawdlets_ops.orchestrator.tokens import Grant, Purpose, Tokens
+from clawdlets_ops.orchestrator.vending import Needs, SecretFiles
 from clawdlets_ops.sensitive import Secret
+from clawdlets_ops.tailscale_api import HeadscaleKeys, TailscaleKeys
 
 SPAWN: Final = "cattle.spawn"
 REAP: Final = "cattle.reap"
 LEASE_S: Final = 60
 MAX_ATTEMPTS: Final = 5
+REAP_EVERY_S: Final = 120
+HCLOUD_TOKEN: Final = "hcloud_token"  # noqa: S105 - a secret's name, as the next ones
+OAUTH: Final = "tailscale_oauth_client_secret"
+HEADSCALE: Final = "headscale_api_key"
+STATIC: Final = "tailscale_cattle_auth_key"
 _MOST: Final = 100_000
 
 
@@ -98,3 +112,70 @@ def reap_kind(reaper: Reaper) -> Kind:
         return judge_reap(payload)
 
     return Kind(REAP, validate=validate, handler=reaper, max_attempts=3, lease_s=LEASE_S, operators_only=True)
+
+
+def make_work(parts: Parts) -> Work:
+    """What the orchestrator does for cattle, as its configuration says; OrchestratorError when a secret is missing."""
+    config, cattle = parts.config, parts.config.cattle
+    if not cattle.enabled or cattle.host is None:
+        return Work()
+    cloud = cloud_of(_needed(parts.secrets, HCLOUD_TOKEN), config.hcloud_endpoint)
+    spawner = Spawner(
+        host=cattle.host,
+        cattle=lambda: cattle,
+        files=partial(personas.read, Path(config.personas)),
+        cloud=cloud,
+        tokens=JobTokens(parts.tokens, lambda: cattle),
+        keys=key_desk(cattle, config, parts.secrets),
+        unfinished=lambda: unfinished(parts.queue),
+        base_url=parts.bootstrap_url,
+        never=lambda: never_sent(cattle, parts.secrets),
+        authorized_keys=config.authorized_keys,
+    )
+    reaper = Reaper(host=cattle.host, cloud=cloud, jobs=lambda ids: seen(parts.queue, ids), clock=parts.clock)
+
+    def look(grant: Grant) -> Needs:
+        persona = cattle.personas.get(str(parts.queue.get(grant.job_id).payload.get("persona")))
+        if persona is None:
+            raise OrchestratorError(f"the persona of job {grant.job_id} is not declared any more")
+        return Needs(persona.secrets, persona.any_of)
+
+    return Work(
+        kinds=(spawn_kind(spawner, cattle), reap_kind(reaper)),
+        look=look,
+        periodic={REAP: REAP_EVERY_S},
+        result_bytes=cattle.max_result_bytes,
+    )
+
+
+def cloud_of(token: Secret, endpoint: str) -> HetznerCloud:
+    """The API's client for cattle."""
+    return HetznerCloud(token, endpoint)
+
+
+def key_desk(cattle: Cattle, config: Config, secrets: SecretFiles) -> KeyDesk:
+    """Where auth keys come from, as the fleet file says; OrchestratorError when the secret for it is missing."""
+    said = cattle.tailnet
+    ca_file = Path(config.tailnet_ca) if config.tailnet_ca else None
+    if said.key == "minted":
+        return MintedKeys(TailscaleKeys(said.api_endpoint, _needed(secrets, OAUTH), ca_file), said.tag)
+    if said.key == "headscale":
+        api = HeadscaleKeys(said.api_endpoint, _needed(secrets, HEADSCALE), said.headscale_user, ca_file)
+        return MintedKeys(api, said.tag)
+    _needed(secrets, STATIC)
+    return StaticKey(lambda: _needed(secrets, STATIC))
+
+
+def never_sent(cattle: Cattle, secrets: SecretFiles) -> Sequence[Secret]:
+    """What no user data may hold: whatever this host has that is a provider's or a persona's."""
+    names = [HCLOUD_TOKEN, OAUTH, HEADSCALE, *secrets_of(cattle)]
+    return [found for name in names if (found := secrets.get(name)) is not None]
+
+
+def _needed(secrets: SecretFiles, name: str) -> Secret:
+    found = secrets.get(name)
+    if found is None or not found:
+        raise OrchestratorError(
+            "is missing", where=name, fix="declare it among the host's secrets, for clf-orchestrator"
+        )
+    return found

@@ -38,7 +38,7 @@ class LabClient:
             connection.request(method, url.path + path, body=text, headers=headers)
             response = connection.getresponse()
             content = response.read()
-            if response.status != 200:
+            if response.status not in (200, 201):
                 said = json.loads(content)["error"]["message"] if body is not None else ""
                 raise LabError(
                     said or f"{method} {path} was answered with {response.status}", where=self.record.endpoint

@@ -35,6 +35,8 @@ REAL: Final = "real"
 STAND_IN: Final = "stand-in"
 DOMAIN: Final = "lab.internal"
 TAG: Final = "tag:clawdlets"
+CATTLE_TAG: Final = "tag:clawdlets-cattle"
+BOOTSTRAP_PORT: Final = 18337
 STUN_PORT: Final = 3478
 LOGIN_PORT: Final = 443
 KEY_EXPIRES_IN_S: Final = 90 * 24 * 3600
@@ -146,11 +148,16 @@ def settings(net: Addressing, folder: Path) -> dict[str, Any]:
 
 
 def policy() -> dict[str, Any]:
-    """Whoever is on the tailnet reaches machines and member; of the operator's node only the positive control."""
-    destinations = [f"{TAG}:*", "member@:*", f"operator@:{CONTROL_PORT}"]
+    """Whoever is on the tailnet reaches machines and member, and of the operator's node only the positive control. Cattle
+    reaches one port: where the operator's node listens when an orchestrator runs beside it. All reach cattle's sshd."""
+    everybody = [TAG, "member@", "operator@"]
+    destinations = [f"{TAG}:*", "member@:*", f"operator@:{CONTROL_PORT}", f"{CATTLE_TAG}:22"]
     return {
-        "tagOwners": {TAG: ["operator@"]},
-        "acls": [{"action": "accept", "src": ["*"], "dst": destinations}],
+        "tagOwners": {TAG: ["operator@"], CATTLE_TAG: ["operator@"]},
+        "acls": [
+            {"action": "accept", "src": everybody, "dst": destinations},
+            {"action": "accept", "src": [CATTLE_TAG], "dst": [f"operator@:{BOOTSTRAP_PORT}"]},
+        ],
     }
 
 
@@ -231,6 +238,10 @@ class RealTailnet:
         words += [flag for flag, wanted in (("--ephemeral", ephemeral), ("--reusable", reusable)) if wanted]
         words += ["--tags", ",".join(tags)] if tags else []
         return Secret(self._headscale(*words)["key"], "tailnet auth key")
+
+    def api_key(self) -> Secret:
+        """A new key for headscale's own API; CommandError."""
+        return Secret(str(self._headscale("apikeys", "create", "--expiration", "1h")), "headscale api key")
 
     def left(self, server_id: int) -> None:
         """A server is down, or reboots: its node is still one, and headscale sees by itself that it is not there."""

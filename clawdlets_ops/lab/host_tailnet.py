@@ -21,14 +21,14 @@ CERTIFICATE = "/etc/clawdlets/tailnet.pem"
 UNITS = "etc/systemd/system"
 
 _PROGRAMS = "/nix/var/nix/profiles/system/sw/bin"
-_TAILSCALED = f"""\
+_TAILSCALED = """\
 [Unit]
 Description=Tailscale node
 After=clawdlets-firewall.service network.target
 [Service]
 Type=notify
-{{environment}}
-ExecStart={_PROGRAMS}/tailscaled --no-logs-no-support --port=41641 --tun=tailscale0 \
+{environment}
+ExecStart={programs}/tailscaled --no-logs-no-support --port=41641 --tun=tailscale0 \
 --state=/var/lib/tailscale/tailscaled.state --socket=/run/tailscale/tailscaled.sock
 Restart=on-failure
 RuntimeDirectory=tailscale
@@ -57,6 +57,17 @@ WantedBy=multi-user.target
 Files = dict[str, tuple[int, bytes]]
 
 
+def tailscaled_unit(programs: str) -> str:
+    """``tailscaled.service`` of a guest, whose programs are in this folder."""
+    environment = "\n".join(f"Environment={key}={value}" for key, value in node_environment(Path(CERTIFICATE)).items())
+    return _TAILSCALED.format(environment=environment, programs=programs)
+
+
+def join_program() -> bytes:
+    """The program that joins the stand-in."""
+    return (resources.files("clawdlets_ops.lab") / "profile" / "clawdlets-join").read_bytes()
+
+
 def host_files(lab_dir: Path, host: str, programs: str) -> Files:
     """Path below the root to mode and content, for a host with ``tailnet.mode`` tailscale on the lab of this folder.
     ``programs`` is where its programs go. Nothing secret: the payload brings the key. LabError when there is no lab."""
@@ -75,14 +86,13 @@ def host_files(lab_dir: Path, host: str, programs: str) -> Files:
     built = Programs.find(Layout(record.root).cache / "tools")
     if built is None:
         raise LabError("headscale and tailscaled are gone", where=str(record.root), fix="make tailnet")
-    environment = "\n".join(f"Environment={key}={value}" for key, value in node_environment(Path(CERTIFICATE)).items())
     words = f" {shlex.join(up_words(record.net, host, AUTH_KEY))}"
     return {
         f"{programs}/clawdlets-join": (0o555, (shipped / "clawdlets-join-real").read_bytes()),
         f"{programs}/tailscaled": (0o555, built.tailscaled.read_bytes()),
         f"{programs}/tailscale": (0o555, f'#!/bin/sh\nTS_BE_CLI=1 exec {_PROGRAMS}/tailscaled "$@"\n'.encode()),
         CERTIFICATE.lstrip("/"): (0o644, (record.lab_dir / "tailnet" / "cert.pem").read_bytes()),
-        f"{UNITS}/tailscaled.service": (0o644, _TAILSCALED.format(environment=environment).encode()),
+        f"{UNITS}/tailscaled.service": (0o644, tailscaled_unit(_PROGRAMS).encode()),
         f"{UNITS}/tailscaled-autoconnect.service": (
             0o644,
             _JOIN.format(after=" tailscaled.service\nWants=tailscaled.service", words=words).encode(),

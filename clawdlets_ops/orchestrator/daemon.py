@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +21,9 @@ from pydantic import Field, ValidationError
 
 from clawdlets_ops.declared import Model
 from clawdlets_ops.errors import ClawdletsError, OrchestratorError, StoreError
-from clawdlets_ops.layout import ORCHESTRATOR_DATABASE, ORCHESTRATOR_SOCKET, RUN_SECRETS
+from clawdlets_ops.fleet import HttpAddress
+from clawdlets_ops.herd import Cattle
+from clawdlets_ops.layout import CATTLE_PERSONAS, ORCHESTRATOR_DATABASE, ORCHESTRATOR_SOCKET, RUN_SECRETS
 from clawdlets_ops.orchestrator.app import make_app, quiet
 from clawdlets_ops.orchestrator.bootstrap import RESULT_BYTES, make_bootstrap_app
 from clawdlets_ops.orchestrator.clock import JUMP_MS, SteadyClock
@@ -29,10 +32,11 @@ from clawdlets_ops.orchestrator.jobs import Clock, Kind
 from clawdlets_ops.orchestrator.queue import Queue
 from clawdlets_ops.orchestrator.serving import Bounds, Server, check_socket, own_socket, passed_socket, server
 from clawdlets_ops.orchestrator.store import Store, open_postgresql, open_sqlite
-from clawdlets_ops.orchestrator.tailnode import listen_address, whois
+from clawdlets_ops.orchestrator.tailnode import TAILSCALED, NodeOf, listen_address, whois
 from clawdlets_ops.orchestrator.tokens import Grant, Tokens
 from clawdlets_ops.orchestrator.vending import Look, Needs, SecretFiles, Vending
 from clawdlets_ops.orchestrator.worker import Worker, start_workers
+from clawdlets_ops.project import HETZNER_ENDPOINT
 
 log = logging.getLogger("clf.daemon")
 
@@ -50,10 +54,15 @@ class BootstrapConfig(Model):
     listen: str = "auto"
     port: Annotated[int, Field(ge=1024, le=65535)] = 18337
     whois: Literal["tailscaled", "none"] = "tailscaled"
+    tailscaled_socket: str = TAILSCALED
 
 
 class Config(Model):
-    """``/etc/clf/orchestrator.json``: no secret, only where secrets are."""
+    """``/etc/clf/orchestrator.json``: no secret, only where secrets are. ``cattle`` is the fleet file's section.
+
+    ``baseUrl``: where machines fetch their environment, when it is not this process that listens there. ``personas``: a folder
+    for each persona. ``authorizedKeys`` may log in to cattle. ``tailnetCa``: what a headscale's certificate is checked by.
+    """
 
     socket_path: str = str(ORCHESTRATOR_SOCKET.path)
     store: Literal["sqlite", "postgresql"] = "sqlite"
@@ -64,6 +73,12 @@ class Config(Model):
     keep_days: Annotated[int, Field(ge=1, le=365)] = 7
     bootstrap: BootstrapConfig | None = Field(default_factory=BootstrapConfig)
     secret_folders: tuple[str, ...] = (str(RUN_SECRETS),)
+    hcloud_endpoint: HttpAddress = HETZNER_ENDPOINT
+    base_url: HttpAddress | None = None
+    personas: str = str(CATTLE_PERSONAS.path)
+    authorized_keys: tuple[str, ...] = ()
+    tailnet_ca: str | None = None
+    cattle: Cattle = Field(default_factory=Cattle)
 
 
 DATABASE_URL = "clf_database_url"
@@ -150,6 +165,8 @@ class Daemon:
 
     def _bootstrap_url(self) -> str:
         """Where machines fetch their environment; OrchestratorError while this host is not on the tailnet."""
+        if self._config.base_url is not None:
+            return self._config.base_url
         if not self._address or self._config.bootstrap is None:
             raise OrchestratorError("this host does not listen on the tailnet yet")
         return f"http://{self._address}:{self._config.bootstrap.port}"
@@ -229,7 +246,7 @@ class Daemon:
                     said = str(error)
                 await asyncio.sleep(LISTEN_AGAIN_S)
         self._address = f"[{address}]" if ":" in address else address
-        node_of = whois if config.whois == "tailscaled" else _not_asked
+        node_of: NodeOf = partial(whois, path=config.tailscaled_socket) if config.whois == "tailscaled" else _not_asked
         app = quiet(
             make_bootstrap_app(
                 self._tokens,
