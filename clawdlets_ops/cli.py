@@ -25,6 +25,7 @@ from clawdlets_ops.commands import runs as runs_commands
 from clawdlets_ops.commands import secrets as secrets_commands
 from clawdlets_ops.commands import verify as verify_commands
 from clawdlets_ops.errors import ClawdletsError
+from clawdlets_ops.files import no_room
 from clawdlets_ops.finding import State, exit_code
 from clawdlets_ops.lab import control, doctor, faults, overview, setup
 from clawdlets_ops.layout import Layout
@@ -41,6 +42,11 @@ def main() -> None:
         clawdlets.main(standalone_mode=False)
     except ClawdletsError as error:
         click.echo(f"clawdlets: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        if (told := no_room(error)) is None:
+            raise
+        click.echo(f"clawdlets: {told}", err=True)
         sys.exit(1)
     except click.ClickException as error:
         error.show()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -12,10 +13,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clawdlets_ops.errors import BusyError, SettingsError
+from clawdlets_ops.errors import BusyError, ClawdletsError, SettingsError
 
 PRIVATE_DIR = 0o700
 PRIVATE_FILE = 0o600
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def no_room(error: OSError, *, where: str = "") -> SettingsError | None:
+    """What an error of this machine's own disk means, in a sentence; None for one that is about something else."""
+    if isinstance(error, ClawdletsError) or error.errno not in NO_ROOM:
+        return None
+    return SettingsError(
+        f"this machine cannot write {error.filename or 'its runtime dir'} ({error.strerror})",
+        where=where,
+        fix="make room (df), and run again: it goes on from there",
+    )
 
 
 def ensure_dir(path: Path, mode: int = PRIVATE_DIR) -> Path:

@@ -9,13 +9,13 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from clawdlets_ops import install, lockdown, provision, ssh
 from clawdlets_ops.errors import ClawdletsError, InstallRefused, SecretsError, VerifyError
-from clawdlets_ops.files import read_private
+from clawdlets_ops.files import no_room, read_private
 from clawdlets_ops.hetzner import Cloud, HetznerCloud, Server
 from clawdlets_ops.journal import Journal, new_run_id
 from clawdlets_ops.process import LocalRunner, Runner, require_program
@@ -97,6 +97,11 @@ def tools_for(
 
 def plan(stage: str, project: Project, host: str, tools: Tools) -> StagePlan:
     """What ``stage`` would do to ``host`` now. Reads only: the disk, the API, at most one login."""
+    with _disk_errors_told(host):
+        return _plan(stage, project, host, tools)
+
+
+def _plan(stage: str, project: Project, host: str, tools: Tools) -> StagePlan:
     match stage:
         case "payload":
             made = store.plan_host(project, host, _given(project, host), runner=tools.runner)
@@ -126,7 +131,7 @@ def plan(stage: str, project: Project, host: str, tools: Tools) -> StagePlan:
 def apply(stage: str, project: Project, host: str, tools: Tools) -> Outcome:
     """Do ``stage`` to ``host``. Raises a ClawdletsError; doing it again goes on from where it stopped."""
     started = time.monotonic()
-    with tools.journal.stage(host, stage) as say:
+    with _disk_errors_told(host), tools.journal.stage(host, stage) as say:
         changed, text = _apply(stage, project, host, _noting(tools, host), say)
     return Outcome(stage, host, changed, text, round(time.monotonic() - started, 3))
 
@@ -164,6 +169,17 @@ def bootstrap(
         else:
             quiet = False
             yield _touched(stage, project, host, tools, snapshot)
+
+
+@contextmanager
+def _disk_errors_told(host: str) -> Iterator[None]:
+    """This machine's own disk is full: a sentence, as for anything else that an operator can mend."""
+    try:
+        yield
+    except OSError as error:
+        if (told := no_room(error, where=host)) is None:
+            raise
+        raise told from error
 
 
 def _as_it_is(

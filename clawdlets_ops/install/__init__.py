@@ -10,7 +10,6 @@ writes down what was done; here is the order of it all.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -31,7 +30,7 @@ from clawdlets_ops.errors import (
     InstallRefused,
     SettingsError,
 )
-from clawdlets_ops.files import ensure_dir, locked, write_atomic
+from clawdlets_ops.files import NO_ROOM, ensure_dir, locked, write_atomic
 from clawdlets_ops.fleet import Host
 from clawdlets_ops.hetzner import Cloud, Server
 from clawdlets_ops.install import gates, inside
@@ -81,7 +80,6 @@ BACK_AFTER_REBOOT_S = 300.0
 LOCK_WAIT_S = 4000.0
 """Longer than the longest phase: what a killed run left at work is waited for."""
 KEXEC_TRIES = 2
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from clawdlets_ops import workflow
 from clawdlets_ops.errors import ClawdletsError, CloudError
+from clawdlets_ops.files import no_room
 from clawdlets_ops.hetzner import Budget
 from clawdlets_ops.project import Project
 
@@ -227,6 +228,8 @@ class _Work:
         except ClawdletsError as error:
             return end(State.FAILED, str(error))
         except Exception as error:
+            if isinstance(error, OSError) and (told := no_room(error, where=host)):
+                return end(State.FAILED, str(told))
             # A fault of ours must not take the other hosts with it; the log has the traceback.
             log.exception("%s", host)
             return end(State.FAILED, f"{type(error).__name__}: {error}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -322,6 +324,35 @@ class TestCommand:
         assert "$ tofu" in written
         for value in (*test_bad_input.VALUES.values(), TOKEN):
             assert value not in text + written
+
+    def test_a_disk_of_ours_that_is_full_is_told_and_the_run_goes_on_once_there_is_room(self, desk: Desk) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("a file system of its own needs root")
+        runtime, kept = desk.root / ".clawdlets", desk.root / "kept"
+        runtime.rename(kept)
+        runtime.mkdir(mode=0o700)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "clawdlets-test", str(runtime)], check=True)
+        try:
+            shutil.copytree(kept, runtime, dirs_exist_ok=True)
+            filler = runtime / "filler"
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as handle:
+                while True:
+                    handle.write(b"\0" * 1024)
+            text, _ = (process := self.begin(desk)).communicate(timeout=90)
+            assert process.returncode == 1, text
+            assert "this machine cannot write" in text
+            assert "No space left on device" in text
+            assert "make room (df), and run again" in text
+            assert "Traceback" not in text
+            assert desk.mutations() == []
+            filler.unlink()
+            subprocess.run(["mount", "-o", "remount,size=64m", str(runtime)], check=True)
+            text, _ = self.begin(desk).communicate(timeout=90)
+            assert re.search(r"^alpha +failed +provision ", text, flags=re.MULTILINE), (
+                text
+            )  # payload is there; tofu is a stand-in
+        finally:
+            subprocess.run(["umount", str(runtime)], check=True)
 
     def test_a_host_that_is_not_declared_is_refused_before_anything(self, desk: Desk) -> None:
         process = self.begin(desk, "nobody")
