@@ -163,6 +163,18 @@ def test_a_creation_that_goes_wrong_is_finished_by_the_next_run(
     assert site.plan().empty
 
 
+def test_a_limit_of_the_project_is_told_and_nothing_is_left_half_made(site: Site) -> None:
+    """No API tells a project's limits, so the order finds it; here that for firewalls (50)."""
+    others = [site.cloud.create("firewalls", {"name": f"other-{number}"})["firewall"]["id"] for number in range(50)]
+    with pytest.raises(CommandError, match="the project's limit is reached") as caught:
+        site.provision()
+    assert "ask for a higher limit in the console" in str(caught.value)
+    assert site.rows("servers") == []  # the edge comes first: no server without one
+    site.cloud.delete("firewalls", others[0])
+    assert site.provision().status == "running"
+    assert len(site.rows("firewalls")) == 50
+
+
 def test_an_api_that_answers_429_for_a_minute(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr("hcloud._client.time.sleep", slept.append)
