@@ -58,7 +58,7 @@ SEEDS = [
     Seed("mail on IPv6", "EGR-01 EGR-03", "nft insert rule inet clawdlets output ip6 daddr 2001:db8::/32 accept", UNDO_NFT),
     Seed("mail from containers", "EGR-02", "nft flush chain inet clawdlets forward", UNDO_NFT),
     Seed("the metadata service for a bot", "UD-04", "nft insert rule inet clawdlets output ip daddr 169.254.169.254 tcp dport 80 meta skuid bot-maren accept", UNDO_NFT),
-    Seed("a firewall on trial", "EXP-10", "clawdlets-exposure try tailnet", "clawdlets-exposure confirm"),
+    Seed("a firewall on trial", "EXP-10", "clawdlets-exposure try tailnet 300 0123456789abcdef", "clawdlets-exposure confirm tailnet 0123456789abcdef"),
     Seed("an age key for a group", "FS-01", "chmod 0440 /var/lib/sops-nix/key.txt", "chmod 0400 /var/lib/sops-nix/key.txt"),
     Seed("another host's secrets", "FS-02", f"cp -a {ENCRYPTED}/alpha {ENCRYPTED}/beta", f"rm -r {ENCRYPTED}/beta"),
     Seed("an old generation", "FS-03", "mkdir /run/secrets.d/77", "rmdir /run/secrets.d/77"),
