@@ -33,18 +33,19 @@ from importlib import resources
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from clawdlets_ops import hostfiles
+from clawdlets_ops import egress, hostfiles
 from clawdlets_ops.errors import ClawdletsError, CommandError, LabError
 from clawdlets_ops.fleet import load_fleet
 from clawdlets_ops.lab.host_tailnet import host_files
 from clawdlets_ops.lab.installer_arguments import Abort, Arguments, parse_arguments
-from clawdlets_ops.layout import Layout
+from clawdlets_ops.layout import EGRESS_DIR, Layout
 from clawdlets_ops.process import Command, LocalRunner, Result, Runner
 from clawdlets_ops.project import admin_keys
 
 STEP_TIMEOUT_S = 300.0
 POLL_S = 0.3
 UPLOAD_AGAIN_S = 3.0
+SHARED_PROGRAMS = ("clawdlets-egress",)  # of hostfiles/: NixOS has the very same
 PROGRAMS = ("clawdlets-facts", "clawdlets-exposure", "clawdlets-activate", "clawdlets-sync")
 SYSTEM_PROFILE = "nix/var/nix/profiles/system"
 
@@ -95,6 +96,15 @@ ExecStart=/nix/var/nix/profiles/system/sw/bin/clawdlets-exposure restore
 WantedBy=multi-user.target
 """,
 }
+# Where Debian has the programs, and what a bot runs whose command is left to a NixOS configuration.
+PATHS = {"nft": "/usr/sbin/nft", "squid": "/usr/sbin/squid", "left_open": "/bin/sleep infinity"}
+# NixOS has made users before the first unit starts.
+USERS_FIRST = """\
+[Unit]
+Before=sops-install-secrets.service
+[Service]
+ExecStartPre=/usr/bin/systemd-sysusers /etc/sysusers.d/clawdlets.conf
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,8 +179,7 @@ def profile_files(layout: Layout, host: str, *, lab_dir: Path) -> dict[str, tupl
     """The host profile: path below the root → mode and content. Nothing secret: the payload brings that."""
     fleet = load_fleet(layout.fleet_file)
     declared = fleet.host(host)
-    shipped = resources.files("clawdlets_ops.lab") / "profile"
-    programs = {name: (shipped / name).read_bytes() for name in PROGRAMS}
+    programs = _programs()
     profile = {"host": host}
     files: dict[str, tuple[int, bytes]] = {
         "etc/hostname": (0o644, f"{host}\n".encode()),
@@ -186,14 +195,20 @@ def profile_files(layout: Layout, host: str, *, lab_dir: Path) -> dict[str, tupl
         ),
         "etc/sudoers.d/clawdlets": (0o440, hostfiles.text("sudoers").encode()),
         "etc/clawdlets/profile.json": (0o644, json.dumps(profile, indent=2).encode()),
-        "etc/clawdlets/egress": (0o644, f"{declared.egress.mode}\n".encode()),
         "etc/clawdlets/exposure-at-install": (
             0o644,
             b"public\n" if declared.ssh_exposure.mode == "public" else b"bootstrap\n",
         ),
     }
-    for name, text in UNITS.items():
+    for name, text in {**UNITS, **egress.units(declared, **PATHS)}.items():
         files[f"etc/systemd/system/{name}"] = (0o644, text.encode())
+    files["etc/sysusers.d/clawdlets.conf"] = (
+        0o644,
+        "".join(f"u {user} - - -\n" for user in egress.service_users(declared)).encode(),
+    )
+    files[f"etc/systemd/system/{egress.RULES_UNIT}.d/users.conf"] = (0o644, USERS_FIRST.encode())
+    for name, text in egress.etc_files(declared).items():
+        files[f"{EGRESS_DIR.path.relative_to('/')}/{name}"] = (0o644, text.encode())
     store = _store_name(programs)
     for name, content in programs.items():
         files[f"nix/store/{store}/sw/bin/{name}"] = (0o555, content)
@@ -298,8 +313,13 @@ def _store_name(programs: dict[str, bytes]) -> str:
 
 def system_path() -> str:
     """The store path of the host profile's system."""
+    return f"/nix/store/{_store_name(_programs())}"
+
+
+def _programs() -> dict[str, bytes]:
     shipped = resources.files("clawdlets_ops.lab") / "profile"
-    return f"/nix/store/{_store_name({name: (shipped / name).read_bytes() for name in PROGRAMS})}"
+    own = {name: (shipped / name).read_bytes() for name in PROGRAMS}
+    return {**own, **{name: hostfiles.text(name).encode() for name in SHARED_PROGRAMS}}
 
 
 def _link(archive: tarfile.TarFile, path: str, target: str) -> None:

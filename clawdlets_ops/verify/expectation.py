@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from clawdlets_ops import hostfiles
-from clawdlets_ops.egress import DROPPED_TCP_PORTS
+from clawdlets_ops.egress import DROPPED_TCP_PORTS, Policy, policy_of
 from clawdlets_ops.errors import VerifyError
 from clawdlets_ops.fleet import Host, world_open
 from clawdlets_ops.layout import (
@@ -107,11 +107,20 @@ def build_expectation(
             "minKeyLifeDays": MIN_KEY_LIFE.days,
             "node": {"keyExpiry": node.key_expiry.isoformat() if node.key_expiry else None} if node else None,
         },
-        "egress": {"mode": declared.egress.mode, "droppedTcpPorts": list(DROPPED_TCP_PORTS)},
+        "egress": _egress(policy_of(declared)),
         "hostKeys": [_path(one) for one in (HOST_AGE_KEY_DIR, HOST_AGE_KEY, SSH_HOST_KEY, SSH_HOST_PUBLIC_KEY)],
         "secretsDir": _path(secrets_dir_on_server(host)),
         "secrets": _secrets(host, declared),
         "cloud": dict(cloud) if cloud is not None else None,
+    }
+
+
+def _egress(policy: Policy) -> dict[str, Any]:
+    """What may go out; ``mayMail``: the users of bots that are declared to be free although their host drops mail."""
+    return {
+        "mode": policy.host.mode,
+        "droppedTcpPorts": list(DROPPED_TCP_PORTS),
+        "mayMail": [line.name for line in policy.bots if line.mode == "none"],
     }
 
 

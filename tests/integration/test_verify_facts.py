@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from clawdlets_ops import egress, hostfiles
 from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.process import Command, LocalRunner
 from clawdlets_ops.tailnet import Peer
@@ -56,7 +57,7 @@ mount --bind "$work/etc" /etc
 mount -t tmpfs tmpfs /run
 mount -t tmpfs -o mode=0755 tmpfs /var/lib
 mkdir -p /run/sshd
-for user in admin:7001 breakglass:7002 bot-maren:7003 bot-otto:7004; do
+for user in admin:7001 breakglass:7002 bot-maren:7003 bot-otto:7004 clawdlets-egress:7005; do
   name=${user%:*} id=${user#*:}
   echo "$name:x:$id:$id::/nonexistent:/bin/sh" >>/etc/passwd
   echo "$name:x:$id:" >>/etc/group
@@ -65,7 +66,7 @@ echo 'admin:$y$j9T$canary-hash-admin:19000::::::' >>/etc/shadow
 echo 'breakglass:$6$canary-hash-breakglass:19000::::::' >>/etc/shadow
 echo 'bot-maren:!:19000::::::' >>/etc/shadow
 rm -f /etc/ssh/ssh_host_*
-cp "$profile/sshd_config" /etc/ssh/sshd_config
+cp "$work/sshd_config" /etc/ssh/sshd_config
 ssh-keygen -q -t ed25519 -N '' -C canary -f /etc/ssh/ssh_host_ed25519_key
 mkdir -p /etc/ssh/authorized_keys.d /etc/clawdlets
 cp "$work/admin.pub" /etc/ssh/authorized_keys.d/admin
@@ -91,6 +92,7 @@ done
 echo '{}]}' >>/var/lib/clawdlets/secrets-wiring.json
 echo tailnet >/var/lib/clawdlets/exposure
 sh "$profile/clawdlets-exposure" restore
+nft -f "$work/egress.nft"
 cp /etc/ssh/ssh_host_ed25519_key.pub "$work/pin"
 eval "$3"
 exec sh "$profile/clawdlets-facts" "$4"
@@ -113,11 +115,14 @@ def small_host(root: Path, folder: Path, *, change: str = ":") -> tuple[str, dic
     what the suite made of it: check → (state, text)."""
     admin = keygen(folder / "admin")
     (folder / "admin.pub").write_text(admin + "\n")
+    declared = parse_fleet(json.dumps(FLEET)).host("alpha")
+    (folder / "sshd_config").write_text(hostfiles.sshd_config())
+    (folder / "egress.nft").write_text(egress.nft_rules(egress.policy_of(declared)))
     words = ["unshare", "--mount", "--net", "sh", "-c", WORLD, "world", folder, root / PROFILE, change, NONCE]
     printed = RUNNER.run(Command(words, "make a small host", timeout_s=60)).check().stdout
     expected = build_expectation(
         host="alpha",
-        declared=parse_fleet(json.dumps(FLEET)).host("alpha"),
+        declared=declared,
         mode="tailnet",
         public={4: "198.18.7.10"},
         tailnet={4: "100.64.7.10"},
@@ -187,10 +192,10 @@ def test_the_facts_of_a_good_host_satisfy_the_suite_and_hold_no_secret(root: Pat
         ({"SSH-06"}, "cp /etc/ssh/ssh_host_ed25519_key.pub /etc/ssh/authorized_keys.d/root"),
         ({"EXP-03"}, "nft add rule inet clawdlets input ip6 saddr 2001:db8::/32 tcp dport 22 accept"),
         ({"EXP-03", "EGR-01", "EGR-02", "EGR-03"}, "nft flush ruleset"),
-        ({"EGR-01", "EGR-03"}, "nft flush chain inet clawdlets output"),
-        ({"EGR-02"}, "nft flush chain inet clawdlets forward"),
-        ({"EGR-01", "EGR-03"}, "nft insert rule inet clawdlets output ip6 daddr 2000::/3 accept"),
-        ({"SSH-10"}, "sed -i 's/^MACs .*/&,hmac-sha1/' /etc/ssh/sshd_config"),
+        ({"EGR-01", "EGR-03"}, "nft flush chain inet clawdlets-egress output"),
+        ({"EGR-02"}, "nft flush chain inet clawdlets-egress forward"),
+        ({"EGR-01", "EGR-03"}, "nft insert rule inet clawdlets-egress output ip6 daddr 2000::/3 accept"),
+        ({"SSH-10"}, "sed -i 's/^macs .*/&,hmac-sha1/I' /etc/ssh/sshd_config"),
         ({"FS-01"}, "chmod 0440 /var/lib/sops-nix/key.txt"),
         ({"FS-01", "FS-04"}, "chmod 0711 /var/lib/sops-nix; chmod 0404 /var/lib/sops-nix/key.txt"),
         ({"FS-02"}, "cp -a /var/lib/clawdlets/secrets/hosts/alpha /var/lib/clawdlets/secrets/hosts/beta"),

@@ -28,6 +28,7 @@ SSHD = "/etc/ssh/sshd_config"
 RESTART = "systemctl reset-failed ssh; systemctl restart ssh"
 UNDO_SSHD = f"cp -p /run/kept-sshd {SSHD} && {RESTART}"
 UNDO_NFT = "clawdlets-exposure restore"
+UNDO_EGRESS = "systemctl reload clawdlets-egress"
 ENCRYPTED = "/var/lib/clawdlets/secrets/hosts"
 
 
@@ -50,14 +51,14 @@ SEEDS = [
     Seed("a second shell server", "SSH-07", "cp $(readlink -f /usr/bin/python3) /run/dropbear; systemd-run -q --unit=door /run/dropbear -c 'import socket as s, time as t; x = s.create_server((\"\", 2222)); t.sleep(900)'; until ss -Hltn | grep -q :2222; do :; done", "systemctl stop door; rm -f /run/dropbear"),
     Seed("a bot with a password", "SSH-08", "usermod -p '$y$j9T$canary' bot-maren", "usermod -p '!' bot-maren"),
     Seed("a second host key", "SSH-09", f"ssh-keygen -q -t rsa -N '' -f /etc/ssh/ssh_host_rsa_key; echo HostKey /etc/ssh/ssh_host_rsa_key >>{SSHD}; {RESTART}", f"rm -f /etc/ssh/ssh_host_rsa_key*; {UNDO_SSHD}"),
-    Seed("a weak MAC", "SSH-10", f"sed -i 's/^MACs .*/&,hmac-sha1/' {SSHD}; {RESTART}", UNDO_SSHD),
+    Seed("a weak MAC", "SSH-10", f"sed -i 's/^macs .*/&,hmac-sha1/I' {SSHD}; {RESTART}", UNDO_SSHD),
     Seed("the host's firewall open to one", "EXP-03", "nft add rule inet clawdlets input ip saddr 203.0.113.9 tcp dport 22 accept", UNDO_NFT),
     Seed("IPv6 forgotten", "EXP-03", "nft add rule inet clawdlets input meta nfproto ipv6 tcp dport 22 accept", UNDO_NFT),
     Seed("a port sent on to another", "EXP-06", "nft 'add table ip docker; add chain ip docker pre { type nat hook prerouting priority -100; }; add rule ip docker pre tcp dport 8080 dnat to 172.17.0.2:80'", "nft delete table ip docker"),
     Seed("a port open to the tailnet", "TS-02", "nft add rule inet clawdlets input iifname tailscale0 tcp dport 8080 accept", UNDO_NFT),
-    Seed("mail on IPv6", "EGR-01 EGR-03", "nft insert rule inet clawdlets output ip6 daddr 2001:db8::/32 accept", UNDO_NFT),
-    Seed("mail from containers", "EGR-02", "nft flush chain inet clawdlets forward", UNDO_NFT),
-    Seed("the metadata service for a bot", "UD-04", "nft insert rule inet clawdlets output ip daddr 169.254.169.254 tcp dport 80 meta skuid bot-maren accept", UNDO_NFT),
+    Seed("mail on IPv6", "EGR-01 EGR-03", "nft insert rule inet clawdlets-egress output ip6 daddr 2001:db8::/32 accept", UNDO_EGRESS),
+    Seed("mail from containers", "EGR-02", "nft flush chain inet clawdlets-egress forward", UNDO_EGRESS),
+    Seed("the metadata service for a bot", "UD-04", "nft insert rule inet clawdlets-egress output ip daddr 169.254.169.254 tcp dport 80 meta skuid bot-maren accept", UNDO_EGRESS),
     Seed("a firewall on trial", "EXP-10", "clawdlets-exposure try tailnet 300 0123456789abcdef", "clawdlets-exposure confirm tailnet 0123456789abcdef"),
     Seed("an age key for a group", "FS-01", "chmod 0440 /var/lib/sops-nix/key.txt", "chmod 0400 /var/lib/sops-nix/key.txt"),
     Seed("another host's secrets", "FS-02", f"cp -a {ENCRYPTED}/alpha {ENCRYPTED}/beta", f"rm -r {ENCRYPTED}/beta"),

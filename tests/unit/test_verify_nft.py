@@ -158,3 +158,19 @@ def test_interfaces_are_those_that_rules_speak_of() -> None:
         {"set": {"family": "inet", "table": "nixos-fw", "name": "lan", "type": "ifname", "elem": ["br0"]}},
     ]
     assert interfaces(objects) == {"lo", "tailscale0", "en0", "eth7", "br0"}
+
+
+def test_a_rule_for_some_users_holds_for_them_alone() -> None:
+    skuid = {"meta": {"key": "skuid"}}
+    objects = [
+        {"set": {"family": "inet", "table": "nixos-fw", "name": "free", "type": "uid", "elem": [{"elem": {"val": 7}}]}},
+        chain("output", type="filter", hook="output", prio=0, policy="accept"),
+        rule("output", match(skuid, "@free", "!="), match(DPORT, 25), DROP),
+    ]
+
+    def held(user: int | None) -> bool:
+        return surely_dropped(judge(objects, Packet(4, "eth0", 25, hook="output", user=user)))
+
+    assert [held(0), held(7), held(None)] == [True, False, False]
+    objects[0]["set"]["elem"] = ["bot-free"]  # a name that we cannot compare with a number
+    assert not held(0)

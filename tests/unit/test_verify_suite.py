@@ -540,7 +540,7 @@ SECTION_READERS = {
     "files": {"FS-01", "FS-02", "FS-03", "FS-04", "STO-04"},
     "secrets": {"FS-03", "FS-04", "STO-04"},
     "encrypted": {"FS-02"},
-    "users": {"FS-03", "FS-04"},
+    "users": {"FS-03", "FS-04", "EGR-01"},
     "isolation": {"FS-01", "FS-04"},
     "wiring": {"STO-04"},
     "os-release": {"TS-01"},

@@ -33,12 +33,14 @@ _ABSENT, _OPEN = _Absent(), _Open()
 @dataclass(frozen=True)
 class Packet:
     """The first packet of a TCP connection, to ``port``. ``interface`` is where it comes in (hook input) or goes out
-    (hook output); a forwarded packet (hook forward) leaves open where it comes from and goes to."""
+    (hook output); a forwarded packet (hook forward) leaves open where it comes from and goes to. ``user`` is the id of the
+    one who sends it, or left open."""
 
     family: int
     interface: str
     port: int
     hook: str = "input"
+    user: int | None = None
 
     def field(self, left: Any) -> Any:
         """What the left side of a match is for this packet."""
@@ -49,6 +51,8 @@ class Packet:
                 return self.interface if self.hook == "input" else ""
             case {"meta": {"key": "oifname" | "oif"}}:
                 return self.interface if self.hook == "output" else ""
+            case {"meta": {"key": "skuid"}} if self.user is not None and self.hook == "output":
+                return self.user
             case {"meta": {"key": "l4proto"}}:
                 return "tcp"
             case {"meta": {"key": "nfproto"}}:
@@ -290,6 +294,8 @@ class _Walk:
                 return low <= value <= high if isinstance(value, int) else None
             case {"range": _} | {"prefix": _}:
                 return None
+        if isinstance(value, int) and isinstance(right, str):
+            return None  # a name for a number
         if isinstance(value, str) and isinstance(right, int):
             right = _PROTOCOL_NUMBERS.get(right, str(right))
         if isinstance(value, str) and isinstance(right, str):

@@ -129,6 +129,14 @@ def users(facts: Mapping[str, Any]) -> dict[str, User]:
     return found
 
 
+def user_ids(facts: Mapping[str, Any]) -> dict[str, int]:
+    """Every user of the host by name, with its number."""
+    entries = [line.split(":") for line in section(facts, "users").splitlines() if line.startswith("user:")]
+    if not entries or not all(len(words) > 2 and words[2].isdigit() for words in entries):
+        raise Unknown("the user database is not understood")
+    return {words[1]: int(words[2]) for words in entries}
+
+
 def sshd_settings(facts: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, list[str]]]:
     """(user, source address) → keyword → its values, as ``sshd -T -C`` of the host sees them."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}

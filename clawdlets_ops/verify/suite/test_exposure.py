@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .nft import DROP, Packet, interfaces, judge, surely_dropped
-from .reading import Fault, NotApplicable, Unknown, ruleset, section, settle
+from .reading import Fault, NotApplicable, Unknown, ruleset, section, settle, user_ids
 
 Observe = Callable[[str], None]
 Cells = Sequence[Mapping[str, Any]]
@@ -259,19 +259,22 @@ def test_udp_rule_follows_the_tailnet(expected: dict[str, Any], observe: Observe
     fix="an nftables table of family inet with an output chain that counts and drops tcp dport { 25, 465, 587, 2525 }",
 )
 def test_mail_ports_are_dropped(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
-    """Outbound mail ports on both families, by rules that count."""
+    """Outbound mail ports on both families, by rules that count, for every user who is not declared to be free of them."""
     if expected["egress"]["mode"] == "none":
         raise NotApplicable("egress.mode is none")
-    objects = ruleset(facts)
+    objects, free = ruleset(facts), expected["egress"]["mayMail"]
+    users = {number: name for name, number in user_ids(facts).items() if name not in free}
     faults, uncounted = [], set()
     for port in expected["egress"]["droppedTcpPorts"]:
         for family in (4, 6):
-            verdicts = judge(objects, Packet(family, "eth0", port, hook="output"))
-            dropping = [verdict for verdict in verdicts if verdict.outcomes == {DROP}]
-            if not dropping:
-                faults.append(f"tcp/{port} may go out over IPv{family}")
-            elif not any(verdict.counted for verdict in dropping):
-                uncounted.add(port)
+            for number, name in sorted(users.items()):
+                verdicts = judge(objects, Packet(family, "eth0", port, hook="output", user=number))
+                dropping = [verdict for verdict in verdicts if verdict.outcomes == {DROP}]
+                if not dropping:
+                    faults.append(f"tcp/{port} may go out over IPv{family}, from {name}")
+                    break
+                if not any(verdict.counted for verdict in dropping):
+                    uncounted.add(port)
     faults += [f"tcp/{port} is dropped by a rule without a counter" for port in sorted(uncounted)]
     ports = ", ".join(str(port) for port in expected["egress"]["droppedTcpPorts"])
     observe(settle(faults, f"outbound tcp {ports} is dropped and counted, on IPv4 and IPv6"))
