@@ -5,7 +5,7 @@ The layers; imports point left only, and ``tests/test_architecture.py`` holds th
     base      errors sensitive command process files journal finding lines hostfiles
     model     declared herd bots fleetfile fleet layout project cloud egress
     tools     sops age mkpasswd hostkey tofu hetzner nixos_anywhere ssh tailnet     (siblings never import each other)
-    features  secrets/ guard/ provision install/ lockdown verify/ runs/ declare orchestrator/
+    features  secrets/ guard/ provision install/ lockdown verify/ runs/ declare denials orchestrator/
     workflow  workflow rollout/                                                     (the order of the stages; many hosts)
     surfaces  cli clf clf_orchestrator commands/ deploys pyinfra_plugin/ testing lab/
 

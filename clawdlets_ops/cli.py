@@ -18,6 +18,7 @@ from clawdlets_ops import workflow
 from clawdlets_ops.commands import bootstrap as bootstrap_commands
 from clawdlets_ops.commands import destroy as destroy_commands
 from clawdlets_ops.commands import doctor as doctor_commands
+from clawdlets_ops.commands import egress as egress_commands
 from clawdlets_ops.commands import fleet as fleet_commands
 from clawdlets_ops.commands import guard as guard_commands
 from clawdlets_ops.commands import init as init_commands
@@ -75,6 +76,7 @@ clawdlets.add_command(bootstrap_commands.bootstrap)
 clawdlets.add_command(runs_commands.runs)
 clawdlets.add_command(doctor_commands.doctor)
 clawdlets.add_command(init_commands.init)
+clawdlets.add_command(egress_commands.egress)
 clawdlets.add_command(fleet_commands.fleet)
 clawdlets.add_command(fleet_commands.host)
 clawdlets.add_command(fleet_commands.schema)  # as it was called before there was a group

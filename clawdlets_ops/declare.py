@@ -17,8 +17,8 @@ from clawdlets_ops.fleet import Fleet, parse_fleet
 
 ARM_TYPES = "cax"
 """What Hetzner's Arm server types begin with (docs.hetzner.com, "Server types")."""
-LIKE_LEAVES_OUT = ("targetHost",)
-"""What is one host's own and never its likeness's: where it is reached."""
+LIKE_LEAVES_OUT = ("targetHost", "bots")
+"""What is one host's own and never its likeness's: where it is reached, and who runs there (whose secrets are its own)."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ ClawdletsError
 ├── UnreachableError      a host did not answer in time
 ├── HostKeyError          a host answered with another key than the pinned one
 ├── LockdownError         lockdown stopped; says what is open and what is closed now
+├── EgressError           what a host held back could not be asked, or its answer not understood
 ├── VerifyError           the verification did not pass, or could not run
 ├── OrchestratorError     clf-orchestrator refused, or cannot run as it is set up
 │   └── StoreError        … its database is locked, full, damaged, too new, or open to others (reason)
@@ -115,6 +116,10 @@ class HostKeyError(ClawdletsError):
 
 class LockdownError(ClawdletsError):
     """Lockdown stopped. The message says what is open and what is closed now."""
+
+
+class EgressError(ClawdletsError):
+    """What a host held back could not be asked, or its answer not be understood."""
 
 
 class VerifyError(ClawdletsError):

@@ -58,6 +58,7 @@ LAYERS: dict[str, frozenset[str]] = {
             "declare",
             "scaffold",
             "peer",
+            "denials",
             "orchestrator",
             "cattle",
         }

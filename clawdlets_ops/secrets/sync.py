@@ -123,6 +123,11 @@ class Link:
         self._shell = shell
         self.host = host
 
+    @property
+    def shell(self) -> ssh.Session:
+        """The login itself."""
+        return self._shell
+
     def status(self) -> OnHost:
         """What is there. What an interrupted run left unproved has then been taken back."""
         return parse_status(self.ask("status"), self.host)

@@ -30,6 +30,7 @@ from clawdlets_ops.secrets.plan import Need, needs
 from clawdlets_ops.tailnet import MIN_KEY_LIFE, Peer
 
 EXPECTATION_VERSION = 1
+REFUSALS = 12  # how many requests clawdlets-egress makes for what is on nobody's list
 ADMIN = "admin"
 OPERATOR_VANTAGE = "operator"
 SYSTEM_PROGRAMS = str(HOST_PROGRAMS)
@@ -121,6 +122,19 @@ def _egress(policy: Policy) -> dict[str, Any]:
         "mode": policy.host.mode,
         "droppedTcpPorts": list(DROPPED_TCP_PORTS),
         "mayMail": [line.name for line in policy.bots if line.mode == "none"],
+        "proxyPorts": [line.port for line in policy.lines if line.proxied],
+        "bots": [
+            {
+                "name": line.name.removeprefix("bot-"),
+                "user": line.name,
+                "unit": f"clawdlets-{line.name}.service",
+                "mode": line.mode,
+                "port": line.port,
+                "domains": list(line.domains),
+                "refusals": REFUSALS,
+            }
+            for line in policy.bots
+        ],
     }
 
 

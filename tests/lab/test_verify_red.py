@@ -57,6 +57,7 @@ SEEDS = [
     Seed("a port sent on to another", "EXP-06", "nft 'add table ip docker; add chain ip docker pre { type nat hook prerouting priority -100; }; add rule ip docker pre tcp dport 8080 dnat to 172.17.0.2:80'", "nft delete table ip docker"),
     Seed("a port open to the tailnet", "TS-02", "nft add rule inet clawdlets input iifname tailscale0 tcp dport 8080 accept", UNDO_NFT),
     Seed("mail on IPv6", "EGR-01 EGR-03", "nft insert rule inet clawdlets-egress output ip6 daddr 2001:db8::/32 accept", UNDO_EGRESS),
+    Seed("HTTPS held back as well", "EGR-04", "nft insert rule inet clawdlets-egress output oifname != lo tcp dport 443 drop", UNDO_EGRESS),
     Seed("mail from containers", "EGR-02", "nft flush chain inet clawdlets-egress forward", UNDO_EGRESS),
     Seed("the metadata service for a bot", "UD-04", "nft insert rule inet clawdlets-egress output ip daddr 169.254.169.254 tcp dport 80 meta skuid bot-maren accept", UNDO_EGRESS),
     Seed("a firewall on trial", "EXP-10", "clawdlets-exposure try tailnet 300 0123456789abcdef", "clawdlets-exposure confirm tailnet 0123456789abcdef"),
