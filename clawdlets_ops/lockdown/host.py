@@ -18,6 +18,7 @@ from clawdlets_ops.project import Project
 
 EXPOSURE = f"sudo -n {HOST_PROGRAMS}/clawdlets-exposure"
 TELL_TIMEOUT_S = 60.0
+BY_ANY_TIMEOUT_S = 4.0
 _NO_TRIAL, _SOMEBODY_ELSES = 65, 75
 
 
@@ -33,10 +34,10 @@ def read_account(target: ssh.Target, *, timeout_s: float = ssh.CONNECT_TIMEOUT_S
         return parse_account(shell.check(f"{EXPOSURE} account", timeout_s=TELL_TIMEOUT_S))
 
 
-def tell(target: ssh.Target, words: str, *, stdin: str | None = None) -> None:
+def tell(target: ssh.Target, words: str, *, stdin: str | None = None, timeout_s: float = ssh.CONNECT_TIMEOUT_S) -> None:
     """Have the host do something; one login. BusyError when somebody else's trial stands there, LockdownError when it
     refuses."""
-    with ssh.session(target) as shell:
+    with ssh.session(target, timeout_s=timeout_s) as shell:
         answer = shell.run(f"{EXPOSURE} {words}", timeout_s=TELL_TIMEOUT_S, stdin=stdin)
     said = (answer.stderr or answer.stdout).strip()[-400:].removeprefix("clawdlets-exposure: ")
     if answer.exit_code == _SOMEBODY_ELSES:
@@ -51,12 +52,14 @@ def tell(target: ssh.Target, words: str, *, stdin: str | None = None) -> None:
         raise LockdownError(f"{words.split()[0]} ended with status {answer.exit_code}: {said}", where=str(target))
 
 
-def tell_by_any(targets: Iterable[ssh.Target], words: str, *, stdin: str | None = None) -> ssh.Target:
+def tell_by_any(
+    targets: Iterable[ssh.Target], words: str, *, stdin: str | None = None, timeout_s: float = BY_ANY_TIMEOUT_S
+) -> ssh.Target:
     """The same by the first way in that works, which is returned; the last UnreachableError when none does."""
     last: ClawdletsError = UnreachableError("the host has no address", where=EXPOSURE)
     for target in targets:
         try:
-            tell(target, words, stdin=stdin)
+            tell(target, words, stdin=stdin, timeout_s=timeout_s)
         except UnreachableError as error:
             last = error
         else:

@@ -34,7 +34,7 @@ from clawdlets_ops.lockdown.plan import HostAccount
 from clawdlets_ops.sensitive import Redactor, Secret
 
 ARMED_WITHIN_S = 60.0
-END_WITHIN_S = 20.0
+END_WITHIN_S = 45.0
 LOOK_S = 0.2
 TOFU_ENDS_WITHIN_S = 180.0
 LOGIN_TIMEOUT_S = 5.0
@@ -85,6 +85,7 @@ def arm(
     edge.write_order(layout, order)
     env = {key: environ[key] for key in process.INHERITED if key in environ}
     env["HCLOUD_TOKEN"] = token.reveal()
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])  # the same code as this, wherever the command was started
     folder = layout.lockdown_dir(order.host)
     words = [sys.executable, "-P", "-m", "clawdlets_ops.lockdown.watchdog", str(layout.root), order.host]
     background = process.spawn(words, env={"PATH": os.defpath, **env}, log_file=folder / edge.LOG)
