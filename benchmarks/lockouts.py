@@ -241,12 +241,19 @@ class Bench:
             "systemctl stop clawdlets-exposure-revert.timer 2>/dev/null; rm -f /run/clawdlets/exposure-trial;"
             " echo bootstrap >/var/lib/clawdlets/exposure; clawdlets-exposure restore",
         )
-        firewall = self.tools.cloud.firewall(provision.firewall_name(host))
-        if firewall is not None and firewall.rules != self.rules[host]:
-            self.tools.cloud.set_rules(firewall, self.rules[host])
+        self._wait(lambda: self._rules_are_back(host), 60)  # another host's round may have the API fail
         shutil.rmtree(self.lab.layout.lockdown_dir(host), ignore_errors=True)
         if not self._wait(lambda: self.by_internet(host) and self.by_tailnet(host), 60):
             raise SystemExit(f"{host} could not be reset: {self.account(host)}")
+
+    def _rules_are_back(self, host: str) -> bool:
+        with suppress(ClawdletsError):
+            firewall = self.tools.cloud.firewall(provision.firewall_name(host))
+            if firewall is not None and firewall.rules == self.rules[host]:
+                return True
+            if firewall is not None:
+                self.tools.cloud.set_rules(firewall, self.rules[host])
+        return False
 
     @staticmethod
     def _wait(reached: Callable[[], bool], within_s: float) -> bool:

@@ -22,6 +22,7 @@ from clawdlets_ops.commands import egress as egress_commands
 from clawdlets_ops.commands import fleet as fleet_commands
 from clawdlets_ops.commands import guard as guard_commands
 from clawdlets_ops.commands import init as init_commands
+from clawdlets_ops.commands import lockdown as lockdown_commands
 from clawdlets_ops.commands import runs as runs_commands
 from clawdlets_ops.commands import secrets as secrets_commands
 from clawdlets_ops.commands import verify as verify_commands
@@ -73,6 +74,9 @@ clawdlets.add_command(guard_commands.guard)
 clawdlets.add_command(verify_commands.verify)
 clawdlets.add_command(verify_commands.watch)
 clawdlets.add_command(bootstrap_commands.bootstrap)
+clawdlets.add_command(lockdown_commands.lockdown)
+clawdlets.add_command(lockdown_commands.open_host)
+clawdlets.add_command(lockdown_commands.close)
 clawdlets.add_command(runs_commands.runs)
 clawdlets.add_command(doctor_commands.doctor)
 clawdlets.add_command(init_commands.init)

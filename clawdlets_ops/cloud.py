@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 MANAGED_BY = "managed-by"
 MANAGER = "clawdlets"
@@ -17,6 +17,8 @@ OURS = f"{MANAGED_BY}={MANAGER}"
 WINDOW_LABEL = "clawdlets-window"
 """On a firewall with a breakglass window: when it ends (UTC), in the form of ``WINDOW_TIME``."""
 WINDOW_TIME = "%Y%m%dT%H%M%SZ"
+WINDOW_RULE = "breakglass window"
+"""How the description of such a window's rule begins (``lockdown/window.py``)."""
 
 
 @dataclass(frozen=True, order=True)
@@ -55,6 +57,14 @@ class Firewall:
     def ssh_is_open(self) -> bool:
         """Whether tcp/22 is let in from anywhere at all."""
         return any(rule.covers_tcp(22) for rule in self.rules)
+
+    def without_window(self) -> Firewall:
+        """As if no breakglass window had been opened in it."""
+        if WINDOW_LABEL not in self.labels:
+            return self
+        labels = {name: value for name, value in self.labels.items() if name != WINDOW_LABEL}
+        rules = tuple(rule for rule in self.rules if not rule.description.startswith(WINDOW_RULE))
+        return replace(self, labels=labels, rules=rules)
 
 
 @dataclass(frozen=True)

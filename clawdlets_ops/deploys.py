@@ -26,9 +26,10 @@ def install() -> None:
 
 
 @deploy("Lockdown")
-def lockdown() -> None:
-    """Close public SSH."""
-    operations.lockdown(name="Lock SSH down to the tailnet")
+def lockdown(*, together: bool = False) -> None:
+    """Close public SSH, one host at a time; ``--data canary=N``: the rest only when the first N are locked down. With
+    ``together`` as many at a time as pyinfra has of them."""
+    operations.lockdown(name="Lock SSH down to the tailnet", _serial=not together)
 
 
 @deploy("Secrets")
@@ -54,5 +55,5 @@ def bootstrap() -> None:
     payload()
     provision()
     install()
-    lockdown()
+    lockdown(together=True)  # each waits for its own host's installation, and for no other host
     verify()

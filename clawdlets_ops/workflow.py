@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from clawdlets_ops import install, lockdown, provision, ssh
-from clawdlets_ops.errors import ClawdletsError, InstallRefused, SecretsError, VerifyError
+from clawdlets_ops.errors import ClawdletsError, InstallRefused, LockdownError, SecretsError, VerifyError
 from clawdlets_ops.files import no_room, read_private
 from clawdlets_ops.hetzner import Cloud, HetznerCloud, Server
 from clawdlets_ops.journal import Journal, new_run_id
@@ -299,8 +299,15 @@ def _apply(stage: str, project: Project, host: str, tools: Tools, say: Callable[
             install.apply(project, host, runner=runner, server=server, pin=store.host_ssh_pin(project, host), say=say)
             return True, "installed"
         case "lockdown":
-            if _plan_lockdown(project, host, tools).empty:
+            closing = _plan_lockdown(project, host, tools)
+            if closing.empty:
                 return False, "as declared"
+            if not closing.installed:
+                raise LockdownError(
+                    "does not answer as an installed host; nothing was closed",
+                    where=host,
+                    fix=f"install it first; if it is: clawdlets plan install --host {host} says what was met",
+                )
             lockdown.apply(
                 project,
                 host,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from clawdlets_ops.doctor import of_clone, of_machine
+from clawdlets_ops.doctor import doors, of_clone, of_machine
 from clawdlets_ops.doctor.judging import WARNINGS, Check
 from clawdlets_ops.doctor.snapshot import Scope
 
@@ -221,6 +221,24 @@ CATALOGUE: Final[tuple[Check, ...]] = (
         "payloads of hosts that are installed and verified; files that interrupted writes left",
         "remove it: the keys stay encrypted in the repository",
         of_machine.nothing_is_left_over,
+    ),
+    Check(
+        "DRF-03", _DEPLOY, "high", "what is declared, in the cloud, on the host and measured agree on who reaches port 22",
+        "sshExposure.mode, the attached firewall and its status, the host's own account, and real connections",
+        "clawdlets lockdown --host HOST puts all four in line, or says why it cannot",
+        doors.accounts_agree,
+    ),
+    Check(
+        "WIN-01", _DEPLOY, "critical", "no breakglass window is open past its end, and no lockdown was left unfinished",
+        "the label clawdlets-window of the firewall, the host's own account, and .clawdlets/lockdown",
+        "clawdlets close HOST; for a lockdown, run it again: it goes on from what is there",
+        doors.nothing_is_overdue,
+    ),
+    Check(
+        "WIN-02", _DEPLOY, "low", "no breakglass window is open",
+        "the label clawdlets-window of the firewall",
+        "clawdlets close HOST as soon as it is not needed any more",
+        doors.no_window_is_open,
     ),
     Check(
         "DRF-01", _DEPLOY, "medium", "repository, payload and host have the same set of secrets",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from clawdlets_ops.doctor.bench import look_at_bench
 from clawdlets_ops.doctor.clone import has_operator_key, look_at_clone
 from clawdlets_ops.doctor.deployed import look_at_field
+from clawdlets_ops.doctor.doors import Doors, look_at_doors
 from clawdlets_ops.doctor.looking import BoundedRunner, attempt, first_line
 from clawdlets_ops.doctor.snapshot import Blind, Scope, Snapshot, Wrong
 from clawdlets_ops.doctor.store import Budget
@@ -36,6 +38,7 @@ def observe(
     closure: Path | None = None,
     budget: Budget | None = None,
     cloud_of: Callable[[Project], Cloud] = the_cloud,
+    doors_of: Doors = look_at_doors,
 ) -> Snapshot:
     """Look at the project ``root`` as far as ``scope`` goes. FleetError when one of ``hosts`` is not declared."""
     root = root.resolve()
@@ -60,6 +63,7 @@ def observe(
     if scope is Scope.BOOTSTRAP:
         return Snapshot(root, chosen, fleet, project, rows, repo, bench)
     field = look_at_field(layout, project, chosen, known, runner=runner, closure=closure, budget=budget)
+    field = replace(field, doors=doors_of(project, chosen, runner=runner, cloud_of=cloud_of))
     return Snapshot(root, chosen, fleet, project, rows, repo, bench, field)
 
 

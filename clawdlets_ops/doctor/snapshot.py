@@ -13,6 +13,7 @@ from clawdlets_ops.fleet import Fleet
 from clawdlets_ops.guard.scan import Leak
 from clawdlets_ops.guard.sopsfiles import Fault
 from clawdlets_ops.hetzner import Server
+from clawdlets_ops.lockdown.drift import Door
 from clawdlets_ops.project import Project
 from clawdlets_ops.secrets.status import Row
 
@@ -158,12 +159,13 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Field:
-    """What is there of hosts that run. ``closure`` and ``store`` are searches for known secrets in store paths."""
+    """What is there of hosts that run. ``doors`` are the four accounts of their port 22. ``closure`` and ``store`` are searches for known secrets in store paths."""
 
     hosts: Mapping[str, Deployed | Blind]
     temporaries: tuple[str, ...] | Blind
     closure: StoreSearch | Blind | NotHere
     store: StoreSearch | Blind | NotHere
+    doors: Mapping[str, Door | Blind | NotHere] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

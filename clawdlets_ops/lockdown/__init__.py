@@ -23,6 +23,7 @@ from clawdlets_ops.lockdown.plan import (
     refuse_short_lived,
 )
 from clawdlets_ops.lockdown.transaction import LockdownOutcome, apply
+from clawdlets_ops.lockdown.window import Window, close_window, open_until, open_window, parse_duration, parse_networks
 
 __all__ = [
     "EXPOSURE",
@@ -31,8 +32,14 @@ __all__ = [
     "LockdownOutcome",
     "LockdownPlan",
     "Timing",
+    "Window",
     "apply",
+    "close_window",
+    "open_until",
+    "open_window",
     "parse_account",
+    "parse_duration",
+    "parse_networks",
     "parse_status",
     "plan",
     "read_account",

@@ -65,6 +65,8 @@ class LockdownPlan:
 
     host: str
     steps: tuple[str, ...]
+    installed: bool = True
+    """False when the host was not met as an installed one."""
 
     @property
     def empty(self) -> bool:
@@ -90,7 +92,7 @@ def plan(host: str, declared: Host, *, edge_open: bool, on_host: HostExposure | 
     if steps and mode == "tailnet":
         steps.insert(0, f"{later}log in over the tailnet, twice and after its restart, with the pinned key")
         steps.append(f"{later}probe from outside on IPv4 and IPv6, and over the tailnet; else open again")
-    return LockdownPlan(host, tuple(steps))
+    return LockdownPlan(host, tuple(steps), installed=on_host is not None)
 
 
 def parse_status(text: str) -> HostExposure:

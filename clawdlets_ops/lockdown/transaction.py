@@ -21,7 +21,7 @@ from clawdlets_ops import provision, ssh
 from clawdlets_ops.errors import BusyError, ClawdletsError, CloudError, LockdownError
 from clawdlets_ops.files import ensure_dir, locked, write_atomic
 from clawdlets_ops.fleet import Host
-from clawdlets_ops.hetzner import WINDOW_LABEL, Cloud, Firewall, FirewallRule, Server
+from clawdlets_ops.hetzner import WINDOW_LABEL, WINDOW_RULE, Cloud, Firewall, FirewallRule, Server
 from clawdlets_ops.install import ADMIN
 from clawdlets_ops.lockdown import edge, watchdog
 from clawdlets_ops.lockdown import host as on_host
@@ -120,6 +120,9 @@ class _Run:
             guard.check()
             edge.mark_closing(project.layout, order)
             self.begun.append("edge")
+            if WINDOW_LABEL in firewall.labels:  # OpenTofu's plan for a lockdown is about rules only
+                self.say("there is a breakglass window: it ends with this")
+                self.cloud.set_labels(firewall, order.labels)
             within = provision.Within(timing.edge_s, timing.edge_s)
             provision.apply(
                 project, host, runner=self.runner, cloud=self.cloud, window_open=False, within=within, say=self.say
@@ -276,7 +279,7 @@ class _Run:
 
 def without_window(rules: tuple[FirewallRule, ...], declared: Host) -> tuple[FirewallRule, ...]:
     """The rules without a breakglass window's; where nothing is left, those of the closed edge."""
-    kept = tuple(rule for rule in rules if not rule.description.startswith(provision.WINDOW_RULE))
+    kept = tuple(rule for rule in rules if not rule.description.startswith(WINDOW_RULE))
     return kept or provision.edge_rules(declared, window_open=False)
 
 

@@ -12,7 +12,6 @@ from clawdlets_ops.provision.render import (
     KEY,
     NEVER_MATCHES,
     SERVER,
-    WINDOW_RULE,
     edge_rules,
     firewall_name,
 )
@@ -22,7 +21,6 @@ __all__ = [
     "KEY",
     "NEVER_MATCHES",
     "SERVER",
-    "WINDOW_RULE",
     "DestroyPlan",
     "Observed",
     "ProvisionPlan",

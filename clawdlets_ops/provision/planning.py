@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clawdlets_ops.errors import CloudError, PlanRefused
@@ -68,6 +68,8 @@ def plan(
     ``window_open`` is set by lockdown, else derived; ``server_type`` is the one to order for a new server.
     """
     _refuse_foreign(host, observed)
+    if window_open is None and observed.firewall is not None:  # a breakglass window has its own end
+        observed = replace(observed, firewall=observed.firewall.without_window())
     server = observed.server
     loses = _lost(host, declared, observed, may_replace=may_replace)
     window = window_is_open(declared, observed) if window_open is None else window_open

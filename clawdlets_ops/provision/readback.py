@@ -80,13 +80,15 @@ def wait_until_as_planned(
     host, order = planned.host, declared.hetzner
 
     def look() -> tuple[Server | None, list[str]]:
-        server = cloud.server(host)
+        server, firewall = cloud.server(host), cloud.firewall(render.firewall_name(host))
+        if planned.empty and firewall is not None:
+            firewall = firewall.without_window()
         faults = differences(
             host,
             declared,
             window_open=planned.window_open,
             server=server,
-            firewall=cloud.firewall(render.firewall_name(host)),
+            firewall=firewall,
             volumes=cloud.volumes() if order.volumes else (),
             primary_ips=cloud.primary_ips() if order.reserved_ips else (),
         )

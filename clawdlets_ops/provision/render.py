@@ -23,9 +23,6 @@ WORLD = ("0.0.0.0/0", "::/0")
 FAMILIES = ("ipv4", "ipv6")
 
 # This rule lets nothing in: 192.0.2.0/24 is not routed (RFC 5737).
-WINDOW_RULE = "breakglass window"
-"""How the description of a window's rule begins (``lockdown/window.py``)."""
-
 NEVER_MATCHES = FirewallRule("in", "tcp", "1", ("192.0.2.1/32",), "keeps the rule set from being empty")
 
 KEY, FIREWALL, SERVER = "hcloud_ssh_key.operator", "hcloud_firewall.edge", "hcloud_server.host"

@@ -17,11 +17,11 @@ from pyinfra.context import host as current_host
 from pyinfra.context import state as current_state
 
 from clawdlets_ops import workflow
-from clawdlets_ops.errors import ClawdletsError
+from clawdlets_ops.errors import ClawdletsError, LockdownError
 from clawdlets_ops.project import Project
 from clawdlets_ops.provision import destroy as run_destroy
 from clawdlets_ops.provision import plan_destroy, proof
-from clawdlets_ops.pyinfra_plugin import interrupt
+from clawdlets_ops.pyinfra_plugin import canaries, interrupt
 
 
 @operation()
@@ -44,7 +44,14 @@ def install() -> Generator[FunctionCommand, None, None]:
 
 @operation()
 def lockdown() -> Generator[FunctionCommand, None, None]:
-    """SSH as exposed as declared, at the edge and on the host."""
+    """SSH as exposed as declared, at the edge and on the host. Where ``--data canary=N`` is given, a host is only begun
+    when none of the inventory's first N has failed: it is for a lockdown of one host at a time."""
+    try:
+        if failed := canaries.failed_before(current_state, current_host):
+            raise LockdownError(f"was not begun: the canary {', '.join(failed)} is not locked down")
+    except ClawdletsError as error:
+        yield _failure(error)
+        return
     yield from _stage("lockdown")
 
 
@@ -110,6 +117,7 @@ def _stage(stage: str) -> Generator[FunctionCommand, None, None]:
         planned = workflow.plan(stage, project, name, _looking(current_host, tools))
     except ClawdletsError as error:
         if current_state.is_executing:
+            canaries.note_failure(tools.journal.folder, name)
             tools.journal.say(name, stage, "failed", str(error), durationS=0.0)
         else:
             _log(f"{stage}: {error}")
@@ -133,6 +141,7 @@ def _apply(state: Any, host: Any, stage: str) -> bool:
     try:
         outcome = workflow.apply(stage, project, name, tools)
     except ClawdletsError as error:
+        canaries.note_failure(tools.journal.folder, name)
         host.log(f"{stage}: {error}", log_func=logger.error)
         return False
     finally:

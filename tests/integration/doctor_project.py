@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from clawdlets_ops import hostkey, ssh
+from clawdlets_ops.doctor.doors import look_at_doors
 from clawdlets_ops.doctor.observe import observe
 from clawdlets_ops.doctor.run import Diagnosis, judge
-from clawdlets_ops.doctor.snapshot import Scope, Snapshot
+from clawdlets_ops.doctor.snapshot import NotHere, Scope, Snapshot, Wrong
 from clawdlets_ops.finding import State
 from clawdlets_ops.guard import hooks
 from clawdlets_ops.guard.gitobjects import Repository
-from clawdlets_ops.hetzner import HOST_LABEL, MANAGED_BY, MANAGER, Server
+from clawdlets_ops.hetzner import HOST_LABEL, MANAGED_BY, MANAGER, Firewall, Server
+from clawdlets_ops.lockdown import HostExposure
+from clawdlets_ops.lockdown.drift import Door
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
 from clawdlets_ops.secrets import payload
@@ -26,6 +29,7 @@ from clawdlets_ops.secrets.vault import declared_pin
 from clawdlets_ops.sensitive import Secret
 from clawdlets_ops.sops import Sops, find_sops
 from clawdlets_ops.testing import FakeCloud
+from clawdlets_ops.verify.exposure import Cell, Exposure
 
 HASH = "$y$j9T$WXdOt/uoN1ard5zl4jvd.1$Hn6R9R4jX20RELeclg1KGANsl7FGZ5deoiF/ZTfqFx8"
 SECRET = "canary-discord-0002"
@@ -66,12 +70,22 @@ GIT = {
 }
 
 
+LOCKED = Door(
+    declared="tailnet",
+    edge=Firewall(3, "alpha-edge", {}, ()),
+    status="applied",
+    host=HostExposure("tailnet", armed=False),
+    measured=Exposure((Cell("stranger", "internet", 4, "192.0.2.1", 22, "no"),)),
+)
+
+
 @dataclass
 class Patient:
     """The project below ``base`` with its home and programs; what the doctor is given besides; seeds call its methods."""
 
     base: Path
     cloud: Any = None
+    door: Door | NotHere = LOCKED
     closure: Path | None = None
     hosts: Collection[str] = ()
     edit: list[Callable[[Snapshot], Snapshot]] = field(default_factory=list)
@@ -140,10 +154,22 @@ class Patient:
         said = {"host": "alpha", "hostKey": ssh.fingerprint(declared_pin(layout, "alpha") or ""), "installedAs": marker}
         self.write(".clawdlets/reports/alpha/install-receipt.json", json.dumps({**said, **changes}), 0o600)
 
+    def _doors(self, project, hosts, *, runner, cloud_of):
+        """A stand-in for a look at real hosts, which there are none of here."""
+        if isinstance(project, Wrong):
+            return look_at_doors(project, hosts, runner=runner, cloud_of=cloud_of)
+        return dict.fromkeys(hosts, self.door)
+
     def look(self, scope: Scope) -> Snapshot:
         cloud = self.cloud or FakeCloud(servers=[server()])
         snapshot = observe(
-            self.root, scope, self.environ, self.hosts, closure=self.closure, cloud_of=lambda project: cloud
+            self.root,
+            scope,
+            self.environ,
+            self.hosts,
+            closure=self.closure,
+            cloud_of=lambda project: cloud,
+            doors_of=self._doors,
         )
         for change in self.edit:
             snapshot = change(snapshot)
@@ -163,7 +189,7 @@ def make(base: Path) -> Patient:
     patient = Patient(base)
     for name in ("home", "bin", "tmp", "project"):
         (base / name).mkdir(mode=0o700)
-    for name, says in (("tofu", "OpenTofu v1.10.6"), ("nixos-anywhere", "")):
+    for name, says in (("tofu", "OpenTofu v1.10.6"), ("nixos-anywhere", ""), ("nix", "nix (Nix) 2.18.1")):
         patient.program(name, says)
     patient.nix({})
     private, public = hostkey.generate("maren")

@@ -14,11 +14,25 @@ from clawdlets_ops.doctor.catalogue import CATALOGUE
 from clawdlets_ops.doctor.snapshot import Scope
 from clawdlets_ops.errors import SettingsError
 from clawdlets_ops.finding import State
+from clawdlets_ops.hetzner import WINDOW_LABEL, Firewall
+from clawdlets_ops.lockdown import HostExposure
 from clawdlets_ops.secrets import changes
 from clawdlets_ops.sensitive import Secret
 from clawdlets_ops.testing import FakeCloud
 from tests.guard_corpus import Maker
-from tests.integration.doctor_project import DEPENDABOT, HASH, HOST, LOCK, SECRET, SETTING, Patient, ids, make, server
+from tests.integration.doctor_project import (
+    DEPENDABOT,
+    HASH,
+    HOST,
+    LOCK,
+    LOCKED,
+    SECRET,
+    SETTING,
+    Patient,
+    ids,
+    make,
+    server,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -167,7 +181,7 @@ NOT_OPENED = frozenset({"GIT-05"})
 NO_PROJECT = frozenset({"SOP-04", "SOP-09", "HCL-01", "KEY-01", "KEY-02"})
 FAULTS = [
     Fault("FLT-01", lambda p: p.write("fleet/clawdlets.json", "{"),
-          SECRETS | NO_PROJECT | {"EXP-08", "SOP-07", "SSH-09", "ENV-01", "RTD-02", "RTD-05", "DRF-01", "DRF-02"}, Scope.DEPLOY),
+          SECRETS | NO_PROJECT | {"EXP-08", "SOP-07", "SSH-09", "ENV-01", "RTD-02", "RTD-05", "DRF-01", "DRF-02", "DRF-03", "WIN-01", "WIN-02"}, Scope.DEPLOY),
     Fault("EXP-08", lambda p: p.fleet(hosts={"alpha": {**HOST, "sshExposure": {"mode": "bootstrap"}}})),
     Fault("GIT-01", lambda p: p.git("rm", "-q", "--cached", ".gitignore")),
     Fault("GIT-01", _only_here_ignored),
@@ -234,6 +248,10 @@ FAULTS = [
     Fault("RTD-05", _served),
     Fault("RTD-05", lambda p: p.write(".clawdlets/state/.secrets-alpha.json.0123456789ab.tmp", "x", 0o600)),
     Fault("DRF-01", lambda p: _set(p, "canary-discord-0009")),
+    Fault("DRF-03", lambda p: setattr(p, "door", replace(LOCKED, host=HostExposure("bootstrap", armed=False)))),
+    Fault("DRF-03", lambda p: setattr(p, "door", replace(LOCKED, status="pending"))),
+    Fault("WIN-01", lambda p: setattr(p, "door", replace(LOCKED, unfinished="2026-11-27T00:00:00+00:00"))),
+    Fault("WIN-02", lambda p: setattr(p, "door", replace(LOCKED, edge=Firewall(3, "e", {WINDOW_LABEL: "20991231T000000Z"}, ())))),
     Fault("DRF-02", lambda p: p.receipt(hostKey="SHA256:another")),
     Fault("STO-01", _closure),
     Fault("STO-05", _store),

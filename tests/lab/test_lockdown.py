@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import hcloud
@@ -13,12 +16,15 @@ import pytest
 from hcloud.firewalls import FirewallRule
 
 from clawdlets_ops import lockdown, ssh, workflow
-from clawdlets_ops.errors import LockdownError
+from clawdlets_ops.doctor import doors
+from clawdlets_ops.errors import BusyError, LockdownError
 from clawdlets_ops.install import ADMIN
-from clawdlets_ops.lab import control
+from clawdlets_ops.journal import journals, read_journal
+from clawdlets_ops.lab import control, faults
 from clawdlets_ops.lab.processes import wait_until
 from clawdlets_ops.layout import Layout
-from clawdlets_ops.lockdown import Timing, proof
+from clawdlets_ops.lockdown import Timing, edge, proof, watchdog
+from clawdlets_ops.lockdown.drift import Door, drift, open_windows
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
 from clawdlets_ops.secrets import store
@@ -158,6 +164,113 @@ def test_a_port_that_is_still_open_from_outside_rolls_back_and_says_from_where(b
     assert bench.reach("operator") == "yes"
 
 
+SHORT = Timing(trial_s=90, watchdog_s=80.0, edge_s=10.0, tailnet_s=60.0, restore_s=6.0)
+
+
+def is_open_as_before(bench: Bench) -> bool:
+    return ("tcp", "22") in bench.edge_rules() and bench.reach("operator") == "yes" and bench.reach("stranger") == "no"
+
+
+def test_a_console_without_a_good_password_closes_nothing(bench: Bench) -> None:
+    secret = bench.project.layout.secret_file("alpha", "breakglass_password_hash")
+    aside = secret.rename(secret.with_suffix(".aside"))
+    try:
+        with pytest.raises(LockdownError, match="it is the last way in; nothing was closed"):
+            bench.lock_down()
+    finally:
+        aside.rename(secret)
+    assert ("tcp", "22") in bench.edge_rules()
+
+
+def test_somebody_elses_trial_is_waited_for_and_left_alone(bench: Bench) -> None:
+    bench.guest("clawdlets-exposure", "try", "public", "200", "f" * 16)
+    with pytest.raises(BusyError, match="somebody else is changing its exposure"):
+        bench.lock_down(timing=SHORT)
+    assert "owner=ffffffffffffffff" in bench.guest("clawdlets-exposure", "account")
+    bench.guest("clawdlets-exposure", "revert", "f" * 16)
+    assert not watchdog.lives(bench.project.layout, "alpha")
+    assert is_open_as_before(bench)
+
+
+def test_a_command_that_is_killed_after_the_edge_closed_opens_it_by_its_watchdog(
+    bench: Bench, project: LabProject
+) -> None:
+    command = project.popen("clawdlets", "lockdown", "--host", "alpha", start_new_session=True)
+    assert command.stdout is not None
+    for line in command.stdout:
+        if "the edge is closed" in line:
+            break
+    assert ("tcp", "22") not in bench.edge_rules()
+    pid = int(json.loads((bench.project.layout.lockdown_dir("alpha") / "watchdog.json").read_text())["pid"])
+    command.kill()
+    command.communicate()
+    assert wait_until(lambda: not watchdog.lives(bench.project.layout, "alpha"), timeout_s=120)
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists(), timeout_s=10)
+    assert is_open_as_before(bench)
+    said = [
+        event["text"]
+        for path in journals(bench.project.layout.runs)
+        for event in read_journal(path)
+        if str(event.get("text")).startswith("watchdog:")
+    ]
+    assert len(said) == 1
+    assert "the operator's command is gone without a word" in said[0]
+    assert "opened the edge again; the host's firewall is as before" in said[0]
+
+
+def test_a_watchdog_that_is_killed_is_missed_before_anything_is_confirmed(bench: Bench) -> None:
+    def kill_it(text: str) -> None:
+        if text.startswith("the edge is closed"):
+            order = edge.read_order(bench.project.layout, "alpha")
+            assert order is not None
+            os.kill(int(watchdog.state_of(bench.project.layout, order)["pid"]), signal.SIGKILL)
+
+    with pytest.raises(LockdownError, match="the watchdog has ended") as caught:
+        bench.lock_down(say=kill_it, timing=SHORT)
+    assert "the edge is open again" in str(caught.value)
+    assert is_open_as_before(bench)
+
+
+def test_a_host_that_reboots_on_trial_is_open_and_so_is_its_edge(bench: Bench) -> None:
+    def reboot(text: str) -> None:
+        if text.startswith("the edge is closed"):
+            before = bench.leader()
+            bench.guest("systemctl", "reboot")
+            assert wait_until(lambda: bench.leader() not in (before, None), timeout_s=60)
+
+    with pytest.raises(LockdownError) as caught:
+        bench.lock_down(say=reboot, timing=SHORT)
+    assert "the edge is open again" in str(caught.value)
+    assert wait_until(lambda: is_open_as_before(bench), timeout_s=60)
+    assert "mode=bootstrap" in bench.guest("clawdlets-exposure", "status")
+
+
+def test_a_firewall_that_stays_pending_is_put_back_and_what_was_left_is_gone_on_from(bench: Bench) -> None:
+    layout = Layout(bench.project.layout.root)
+
+    def hold(text: str) -> None:
+        if "is on trial" in text:
+            faults.inject(layout, faults.parse_fault(["firewall-pending", "alpha"]))
+
+    try:
+        with pytest.raises(LockdownError, match="THE EDGE COULD NOT BE OPENED AGAIN"):
+            bench.lock_down(say=hold, timing=SHORT)
+        assert wait_until(lambda: not watchdog.lives(layout, "alpha"), timeout_s=120)
+        assert is_open_as_before(bench)  # the rules are those of before, though nobody could see them applied
+        left = edge.unfinished(layout, "alpha")
+        assert left is not None
+    finally:
+        faults.clear(layout)
+    said: list[str] = []
+    bench.lock_down(say=said.append)
+    assert any("was left unfinished: its rules are the ones to go back to" in text for text in said)
+    assert edge.unfinished(layout, "alpha") is None
+    report = bench.project.layout.reports("alpha") / "lockdown.json"
+    told = json.loads(report.read_text())
+    assert (told["proof"]["logins"], told["rulesAfter"]) == (3, ["in udp/41641 0.0.0.0/0, ::/0"])
+    assert report.with_name("lockdown.json.sig").is_file()
+
+
 def test_a_vantage_that_cannot_look_leaves_the_doors_closed_and_unknown(bench: Bench) -> None:
     blind = [
         dataclasses.replace(vantage, controls={}) if vantage.side == "internet" else vantage
@@ -203,6 +316,58 @@ def test_the_host_firewall_survives_a_reboot(bench: Bench) -> None:
     assert address == tailnet[4]
     assert lockdown.read_status(target) == lockdown.HostExposure("tailnet", armed=False)
     assert bench.reach("operator") == "no"
+
+
+def test_a_window_is_for_few_and_short_and_closes_by_itself(bench: Bench, project: LabProject) -> None:
+    for words in (
+        ("open", "alpha", "--for", "30m", "--cidr", "0.0.0.0/1", "--cidr", "128.0.0.0/1"),
+        ("open", "alpha", "--for", "5h", "--cidr", "198.51.100.7/32"),
+        ("open", "alpa", "--for", "5m", "--cidr", "198.51.100.7/32"),
+    ):
+        assert "→" in project.run("clawdlets", *words, ok=False).stdout
+    assert ("tcp", "22") not in bench.edge_rules()
+    networks = tuple(bench.project.fleet.host("alpha").provisioning.admin_cidrs)
+    pin = store.host_ssh_pin(bench.project, "alpha")
+    lockdown.open_window(
+        bench.project, "alpha", networks, timedelta(seconds=45), runner=bench.runner, cloud=bench.tools.cloud,
+        server=bench.server, pin=pin, journal=bench.tools.journal.folder,
+    )  # fmt: skip
+    assert (bench.reach("operator"), bench.reach("stranger")) == ("yes", "no")
+    assert "mode=window armed=yes" in bench.guest("clawdlets-exposure", "status")
+    door = doors.look_at_doors(bench.project, ["alpha"], runner=bench.runner, cloud_of=lambda _: bench.tools.cloud)[
+        "alpha"
+    ]
+    assert isinstance(door, Door)
+    assert open_windows(door, datetime.now(UTC))
+    assert any("lets tcp/22 in" in fault for fault in drift(door).faults)
+    assert workflow.plan("provision", bench.project, "alpha", bench.tools).empty
+    stale = stay_logged_in(bench.project, "alpha", bench.server.addresses[4])
+    assert wait_until(lambda: ("tcp", "22") not in bench.edge_rules(), timeout_s=120)
+    assert wait_until(lambda: "mode=tailnet armed=no" in bench.guest("clawdlets-exposure", "status"), timeout_s=60)
+    stale.communicate(timeout=60)
+    firewall = bench.tools.cloud.firewall("alpha-edge")
+    assert firewall is not None
+    assert "clawdlets-window" not in firewall.labels
+    assert wait_until(lambda: not watchdog.lives(bench.project.layout, "alpha"), timeout_s=60)
+    assert bench.reach("operator") == "no"
+
+
+def test_a_window_is_closed_on_demand_and_by_a_lockdown(bench: Bench, project: LabProject) -> None:
+    cidr = bench.project.fleet.host("alpha").provisioning.admin_cidrs[0]
+    opened = project.run("clawdlets", "open", "alpha", "--for", "30m", "--cidr", cidr).stdout
+    assert "alpha: open to" in opened
+    assert bench.reach("operator") == "yes"
+    assert (
+        "has a window already"
+        in project.run("clawdlets", "open", "alpha", "--for", "30m", "--cidr", cidr, ok=False).stdout
+    )
+    assert "operator" in project.run("clawdlets", "close", "alpha").stdout
+    assert bench.reach("operator") == "no"
+    assert not watchdog.lives(bench.project.layout, "alpha")
+    project.run("clawdlets", "open", "alpha", "--for", "30m", "--cidr", cidr)
+    project.run("clawdlets", "lockdown", "--all")
+    assert bench.reach("operator") == "no"
+    assert not watchdog.lives(bench.project.layout, "alpha")
 
 
 def test_admin_can_run_the_exact_words_and_nothing_else_without_a_password(bench: Bench) -> None:
