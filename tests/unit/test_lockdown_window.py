@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+import click
 import pytest
 
-from clawdlets_ops.errors import LockdownError, SettingsError
-from clawdlets_ops.hetzner import WINDOW_LABEL, WINDOW_RULE, Firewall, FirewallRule
+from clawdlets_ops import provision, workflow
+from clawdlets_ops.commands.lockdown import choose
+from clawdlets_ops.errors import FleetError, LockdownError, SettingsError
+from clawdlets_ops.fleet import parse_fleet
+from clawdlets_ops.hetzner import WINDOW_LABEL, WINDOW_RULE, Firewall, FirewallRule, Server
+from clawdlets_ops.journal import Journal
+from clawdlets_ops.layout import Layout
 from clawdlets_ops.lockdown import open_until, parse_duration, parse_networks
+from clawdlets_ops.project import Project
 from clawdlets_ops.pyinfra_plugin.canaries import failed_canaries
+from clawdlets_ops.testing import FakeCloud, FakeRunner
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPV7Xv1d2Vf1g3mOZx0KxV0uQb9i3kJt5m6o7p8q9r0s canary@example"
 
 UDP = FirewallRule("in", "udp", "41641", ("0.0.0.0/0", "::/0"))
 WINDOW = FirewallRule("in", "tcp", "22", ("203.0.113.7/32",), f"{WINDOW_RULE} until then, by olive")
@@ -90,3 +102,57 @@ def test_a_failed_canary_holds_back_those_after_it(count: str, host: str, failed
 def test_a_number_of_canaries_is_a_number(count: str) -> None:
     with pytest.raises(SettingsError, match="no number of hosts"):
         failed_canaries(["a"], count, "a", set())
+
+
+def project(tmp_path: Path, **modes: str) -> Project:
+    hosts = {
+        name: {
+            "provisioning": {"adminCidrs": ["203.0.113.0/24"]},
+            "sshAuthorizedKeys": [KEY],
+            "sshExposure": {"mode": mode},
+        }
+        for name, mode in modes.items()
+    }
+    fleet = parse_fleet(json.dumps({"schemaVersion": 1, "hosts": hosts}))
+    return Project(Layout(tmp_path), fleet, "olive", {})
+
+
+def test_which_hosts_are_meant(tmp_path: Path) -> None:
+    made = project(tmp_path, a="tailnet", b="public", c="tailnet")
+    assert choose(made, (), every=True) == ["a", "c"]
+    assert choose(made, ("c", "a", "c"), every=False) == ["c", "a"]
+    for hosts, every in (((), False), (("a",), True)):
+        with pytest.raises(click.UsageError):
+            choose(made, hosts, every=every)
+    with pytest.raises(LockdownError, match="is declared public, and nothing is closed that is declared open"):
+        choose(made, ("b",), every=False)
+    with pytest.raises(FleetError, match="there is no host 'aa'"):
+        choose(made, ("aa",), every=False)
+    with pytest.raises(LockdownError, match="no host is declared tailnet"):
+        choose(project(tmp_path, b="public"), (), every=True)
+
+
+def test_a_host_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
+    tools = workflow.Tools(FakeRunner(), FakeCloud(), Journal(tmp_path / "run"))
+    with pytest.raises(LockdownError, match="does not answer as an installed host; nothing was closed"):
+        workflow.apply("lockdown", project(tmp_path, a="tailnet"), "a", tools)
+
+
+def test_provision_takes_a_window_for_no_drift_and_a_lockdown_does(tmp_path: Path) -> None:
+    declared = project(tmp_path, a="tailnet").fleet.host("a")
+    labels = {"managed-by": "clawdlets", "clawdlets-host": "a"}
+    closed = provision.edge_rules(declared, window_open=False)
+    firewall = Firewall(3, "a-edge", {**labels, WINDOW_LABEL: "20261127T120000Z"}, tuple(sorted((*closed, WINDOW))))
+    order = declared.hetzner
+    server = Server(
+        7, "a", "running", labels, order.server_types[0], order.location, "192.0.2.9", "2001:db8::1", {3: "applied"},
+        protected=order.delete_protection,
+    )  # fmt: skip
+    seen = provision.Observed(server, firewall, None, whole=False, host="a")
+
+    def steps(window_open: bool | None) -> str:
+        made = provision.plan("a", declared, seen, public_key=KEY, endpoint="https://x", window_open=window_open)
+        return "\n".join(step for step in made.steps if "firewall" in step)
+
+    assert steps(None) == ""
+    assert "close in tcp/22 203.0.113.7/32" in steps(False)
