@@ -175,7 +175,14 @@ def close_window(
             edge.decide(project.layout, earlier, watchdog.CLOSED)
         addresses = on_host.tailnet_addresses(runner, host, declared)
         base = on_host.base_target(project, host, pin)
-        on_host.tell_by_any(on_host.ways_in(base, addresses, server), f"revert {order.owner}")
+        try:
+            on_host.tell_by_any(on_host.ways_in(base, addresses, server), f"revert {order.owner}")
+        except UnreachableError as error:
+            raise LockdownError(
+                f"the edge is closed, and the host could not be told ({error.what.splitlines()[0]}); its own timer closes it",
+                where=host,
+                fix="run again once the tailnet is back, or wait for the end of the window",
+            ) from error
         say("the host is as it was kept")
         after = measure_exposure(project.vantages, server.addresses, addresses, runner=runner)
         if doors := after.open_from_internet():
