@@ -164,6 +164,7 @@ def test_a_port_that_is_still_open_from_outside_rolls_back_and_says_from_where(b
     assert bench.reach("operator") == "yes"
 
 
+EXPOSURE = "/run/current-system/sw/bin/clawdlets-exposure"
 SHORT = Timing(trial_s=90, watchdog_s=80.0, edge_s=10.0, tailnet_s=60.0, restore_s=6.0)
 
 
@@ -183,11 +184,11 @@ def test_a_console_without_a_good_password_closes_nothing(bench: Bench) -> None:
 
 
 def test_somebody_elses_trial_is_waited_for_and_left_alone(bench: Bench) -> None:
-    bench.guest("clawdlets-exposure", "try", "public", "200", "f" * 16)
+    bench.guest(EXPOSURE, "try", "public", "200", "f" * 16)
     with pytest.raises(BusyError, match="somebody else is changing its exposure"):
         bench.lock_down(timing=SHORT)
-    assert "owner=ffffffffffffffff" in bench.guest("clawdlets-exposure", "account")
-    bench.guest("clawdlets-exposure", "revert", "f" * 16)
+    assert "owner=ffffffffffffffff" in bench.guest(EXPOSURE, "account")
+    bench.guest(EXPOSURE, "revert", "f" * 16)
     assert not watchdog.lives(bench.project.layout, "alpha")
     assert is_open_as_before(bench)
 
@@ -242,7 +243,7 @@ def test_a_host_that_reboots_on_trial_is_open_and_so_is_its_edge(bench: Bench) -
         bench.lock_down(say=reboot, timing=SHORT)
     assert "the edge is open again" in str(caught.value)
     assert wait_until(lambda: is_open_as_before(bench), timeout_s=60)
-    assert "mode=bootstrap" in bench.guest("clawdlets-exposure", "status")
+    assert "mode=bootstrap" in bench.guest(EXPOSURE, "status")
 
 
 def test_a_firewall_that_stays_pending_is_put_back_and_what_was_left_is_gone_on_from(bench: Bench) -> None:
@@ -333,7 +334,7 @@ def test_a_window_is_for_few_and_short_and_closes_by_itself(bench: Bench, projec
         server=bench.server, pin=pin, journal=bench.tools.journal.folder,
     )  # fmt: skip
     assert (bench.reach("operator"), bench.reach("stranger")) == ("yes", "no")
-    assert "mode=window armed=yes" in bench.guest("clawdlets-exposure", "status")
+    assert "mode=window armed=yes" in bench.guest(EXPOSURE, "status")
     door = doors.look_at_doors(bench.project, ["alpha"], runner=bench.runner, cloud_of=lambda _: bench.tools.cloud)[
         "alpha"
     ]
@@ -343,7 +344,7 @@ def test_a_window_is_for_few_and_short_and_closes_by_itself(bench: Bench, projec
     assert workflow.plan("provision", bench.project, "alpha", bench.tools).empty
     stale = stay_logged_in(bench.project, "alpha", bench.server.addresses[4])
     assert wait_until(lambda: ("tcp", "22") not in bench.edge_rules(), timeout_s=120)
-    assert wait_until(lambda: "mode=tailnet armed=no" in bench.guest("clawdlets-exposure", "status"), timeout_s=60)
+    assert wait_until(lambda: "mode=tailnet armed=no" in bench.guest(EXPOSURE, "status"), timeout_s=60)
     stale.communicate(timeout=60)
     firewall = bench.tools.cloud.firewall("alpha-edge")
     assert firewall is not None
