@@ -153,7 +153,7 @@ class Bench:
             pin=self.pins[host], say=say, timing=self.timing, journal=self.tools.journal.folder,
         )  # fmt: skip
 
-    def guest(self, host: str, script: str, *, timeout_s: float = 40.0) -> str:
+    def guest(self, host: str, script: str, *, timeout_s: float = 240.0) -> str:
         """Run it in the guest. The way in is kept until the guest has another init: to ask for it costs API requests."""
         if (leader := self.leaders.get(host)) is None or not Path(f"/proc/{leader}").exists():
             leader = self.leaders[host] = control.find_server(self.lab.layout, host).leader_pid
@@ -244,7 +244,7 @@ class Bench:
             self.headscale.expire(host, datetime.now(UTC) + timedelta(days=400))
             self.expired = False
         if not self._wait(lambda: self.by_tailnet(host), 4):
-            self.guest(host, "systemctl restart tailscaled.service tailscaled-autoconnect.service", timeout_s=60)
+            self.guest(host, "systemctl restart tailscaled.service tailscaled-autoconnect.service")
             self._wait(lambda: self.by_tailnet(host), 90)
 
     def reset(self, host: str) -> None:
