@@ -77,7 +77,8 @@ FAULTS = (
 NONE, BOTH = "none", "operator and watchdog killed"
 TIMING = Timing(trial_s=60, watchdog_s=50.0, edge_s=20.0, tailnet_s=25.0, restore_s=40.0)
 SETTLED_WITHIN_S = 200.0
-LOGIN_S = 4.0
+LOGIN_S = 8.0
+LOOKED_AT_FOR_S = 60.0  # a login on a busy machine may not come through at once; a closed door stays closed
 
 
 @dataclass
@@ -367,6 +368,7 @@ class Bench:
         return opened_at
 
     def _judge(self, one: Round) -> None:
+        self._wait(lambda: self._look(one) in ("locked", "open"), LOOKED_AT_FOR_S)
         one.ended = self._look(one)
         if one.ended == "lockout" and one.after_commit and one.fault in ("tailnet down", "node key expired"):
             one.notes.append("the tailnet went away after the host was confirmed")
@@ -378,6 +380,7 @@ class Bench:
         internet, tailnet, edge_open = self.by_internet(one.host), self.by_tailnet(one.host), self.edge_open(one.host)
         closed = (seen.get("mode"), seen.get("kept"), seen.get("armed")) == ("tailnet", "tailnet", "no")
         opened = (seen.get("mode"), seen.get("kept"), seen.get("armed")) == ("bootstrap", "bootstrap", "no")
+        one.notes = [note for note in one.notes if not note.startswith("edge ")]
         one.notes.append(f"edge open {edge_open}, host {seen.get('mode')}, internet {internet}, tailnet {tailnet}")
         if closed and edge_open is False and tailnet and not internet:
             return "locked"
