@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import click
 from clawdlets_ops import declare, fleetfile, peer
 from clawdlets_ops.commands.secrets import ENVIRON
 from clawdlets_ops.declare import Wish
-from clawdlets_ops.errors import FleetError
+from clawdlets_ops.errors import ClawdletsError, FleetError
 from clawdlets_ops.files import locked, write_atomic
 from clawdlets_ops.fleet import json_schema, load_fleet, parse_fleet
 from clawdlets_ops.layout import Layout
@@ -79,7 +79,7 @@ def show(context: click.Context, file: Path | None, host: str | None) -> None:
 def migrate(context: click.Context, file: Path | None, dry: bool) -> None:
     """Bring the file to the newest schemaVersion. An unknown one is refused, and nothing is changed."""
     path = _file(context, file)
-    with nullcontext() if file else _alone(context):
+    with nullcontext() if file or dry else _alone(context):
         document = fleetfile.parse(fleetfile.read_text(path), where=str(path))
         if not isinstance(document, dict):
             raise FleetError("is no JSON object", where=str(path))
@@ -217,16 +217,27 @@ def _file(context: click.Context, file: Path | None) -> Path:
     return file or Layout(context.obj).fleet_file
 
 
-def _alone(context: click.Context) -> AbstractContextManager[int]:
-    """Nobody else edits the project's file meanwhile."""
+@contextmanager
+def _alone(context: click.Context) -> Iterator[None]:
+    """Nobody else edits the project's file meanwhile; BusyError, FleetError."""
     layout = Layout(context.obj.resolve())
-    return locked(layout.lock("fleet-file"), what=str(layout.fleet_file), wait_s=LOCK_WAIT_S)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(layout.lock("fleet-file"), what=str(layout.fleet_file), wait_s=LOCK_WAIT_S))
+        except OSError as error:
+            if isinstance(error, ClawdletsError):
+                raise
+            raise FleetError(f"cannot be locked: {error.strerror}", where=str(layout.runtime)) from error
+        yield
 
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all, with the mode that it has; behind a link, where the link leads."""
     target = path.resolve()
-    write_atomic(target, text, mode=stat.S_IMODE(target.stat().st_mode))
+    try:
+        write_atomic(target, text, mode=stat.S_IMODE(target.stat().st_mode))
+    except OSError as error:
+        raise FleetError(f"cannot be written: {error.strerror}; it is as it was", where=str(target)) from error
 
 
 def _schema_text() -> str:

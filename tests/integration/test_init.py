@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from clawdlets_ops import scaffold
 from clawdlets_ops.cli import clawdlets
-from clawdlets_ops.errors import ClawdletsError, SettingsError
+from clawdlets_ops.errors import ClawdletsError, FleetError, SettingsError
 from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.scaffold import place
@@ -190,6 +191,24 @@ def test_no_room_leaves_nothing(small: Path, desk: Desk) -> None:
     assert "cannot be made: No space left on device" in str(done.exception)
     assert list(small.iterdir()) == []
     assert "is where a file system is mounted" in desk.refused(str(small), "--lab")
+
+
+def test_an_edit_without_room_leaves_the_file_as_it_was(small: Path) -> None:
+    example = (Path(scaffold.__file__).parents[2] / "fleet" / "clawdlets.json").read_bytes()
+    (small / "fleet").mkdir()
+    file = small / "fleet" / "clawdlets.json"
+    file.write_bytes(example)
+    runner, words = CliRunner(), ["--project", str(small), "host", "add", "bravo", "--like", "alpha"]
+    with (small / "fill").open("wb", buffering=0) as fill, contextlib.suppress(OSError):
+        while True:
+            fill.write(b"x" * 1024)
+    done = runner.invoke(clawdlets, words)
+    assert isinstance(done.exception, FleetError), done.exception
+    assert "No space left on device" in str(done.exception)
+    assert file.read_bytes() == example
+    (small / "fill").unlink()
+    assert runner.invoke(clawdlets, words).exit_code == 0
+    assert "bravo" in file.read_text()
 
 
 def test_no_permission_is_told(tmp_path: Path, desk: Desk) -> None:

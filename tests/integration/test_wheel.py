@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyrage
 import pytest
+import yaml
 
 from tests.installed import ROOT, Installed, build, commands_in, install, names_in
 
@@ -65,6 +66,32 @@ def test_a_project_is_made_and_is_one(user: Installed, tmp_path: Path) -> None:
     assert failed == {"SOP-05", "SOP-07", "SSH-09", "SUP-05"}
     listed = user.run("pyinfra", "inventory/prod.py", "deploys/bootstrap.py", "--dry", cwd=project, ok=False)
     assert "HCLOUD_TOKEN" in listed  # it is found, it loads, and it asks for the next thing
+
+
+def test_the_projects_ci_passes_in_a_fresh_clone(user: Installed, tmp_path: Path) -> None:
+    """Its check job, by its own words, once the first secrets are there; pip's step is what this environment stands for."""
+    keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "olive", "-f", str(tmp_path / "id")]
+    subprocess.run(keygen, check=True, stdin=subprocess.DEVNULL)
+    more = [
+        "--admin-cidr",
+        "203.0.113.0/24",
+        "--ssh-pubkey-file",
+        str(tmp_path / "id.pub"),
+        "--secret",
+        "token=bot-maren",
+    ]
+    user.run("clawdlets", "init", "p", *more, cwd=tmp_path)
+    names = ("admin_password", "breakglass_password", "tailscale_auth_key", "token")
+    values = json.dumps({name: f"canary-{name}-0123456789" for name in names})
+    user.run("clawdlets", "secrets", "init", "--host", "alpha", "--from-json", "-", cwd=tmp_path / "p", text=values)
+    user.run("git", "add", "--all", cwd=tmp_path / "p")
+    user.run("git", "commit", "--quiet", "--message", "Keys and secrets", cwd=tmp_path / "p")
+    user.run("git", "clone", "--quiet", "p", "clone", cwd=tmp_path)
+    workflow = yaml.safe_load((tmp_path / "clone" / ".github" / "workflows" / "fleet.yml").read_text())
+    steps = [step["run"] for step in workflow["jobs"]["check"]["steps"] if "run" in step]
+    assert [step.split()[0] for step in steps] == ["pip", *["clawdlets"] * 4]
+    for step in steps[1:]:
+        assert "canary" not in user.run("bash", "-euc", step, cwd=tmp_path / "clone")
 
 
 def test_the_hooks_keep_a_key_out(user: Installed, tmp_path: Path) -> None:
