@@ -164,7 +164,7 @@ class CleanUp(Protocol):
 @dataclass(frozen=True)
 class Kind:
     """A kind of job. ``lease_s`` is how long a silent worker is believed to be at work (5 s to 1 h). ``max_unfinished`` is
-    how many unfinished jobs of this kind one bot may have; ``max_unfinished_in_all`` all of them together."""
+    how many unfinished jobs of this kind one bot may have; ``max_unfinished_in_all`` all of them together; None is no bound."""
 
     name: str
     validate: Validate
@@ -172,8 +172,8 @@ class Kind:
     clean_up: CleanUp | None = None
     max_attempts: int = 3
     lease_s: int = 120
-    max_unfinished: int = 100
-    max_unfinished_in_all: int = 1000
+    max_unfinished: int | None = 100
+    max_unfinished_in_all: int | None = 1000
     operators_only: bool = False
 
     def __post_init__(self) -> None:

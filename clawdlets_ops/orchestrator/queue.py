@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -35,7 +35,7 @@ from clawdlets_ops.orchestrator.jobs import (
     Status,
     backoff_ms,
 )
-from clawdlets_ops.orchestrator.store import Refusal, Store, events, jobs
+from clawdlets_ops.orchestrator.store import Operation, Refusal, Rows, Store, events, jobs
 
 IDEMPOTENCY_WINDOW_MS = 24 * 3600 * 1000
 KEEP_MS = 7 * 24 * 3600 * 1000
@@ -79,12 +79,29 @@ class Pruned:
     jobs: int
 
 
+class Ids:
+    """Random UUIDs (version 4), whose bytes are fetched many at a time: each fetch lets go of the interpreter for a while."""
+
+    def __init__(self) -> None:
+        self._left: list[str] = []
+
+    def __call__(self) -> str:
+        while True:
+            try:
+                return self._left.pop()
+            except IndexError:
+                some = os.urandom(16 * 64)
+                made = [uuid.UUID(bytes=some[at : at + 16], version=4) for at in range(0, len(some), 16)]
+                self._left += [str(one) for one in made]
+
+
 class Queue:
     """Jobs in ``store``, by ``clock``."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
+        self._ids = Ids()
 
     def now(self) -> int:
         """The time that counts here, in ms."""
@@ -93,10 +110,20 @@ class Queue:
     # --- asking ---
 
     def enqueue(self, kind: str, payload: Mapping[str, Json], *, requester: str, **how: Any) -> str:
-        """The id of the new job, or of the same one asked for before; durable. See ``submit`` for ``how``."""
-        return self.submit(kind, payload, requester=requester, **how)[1].result()
+        """The id of the new job, or of the same one asked for before; durable. See ``ask`` for ``how``."""
+        job_id, operation = self._asking(kind, payload, requester=requester, **how)
+        return self._store.submit(operation).result() or job_id
 
-    def submit(
+    async def ask(self, kind: str, payload: Mapping[str, Json], *, requester: str, **how: Any) -> str:
+        """As ``enqueue``, in an event loop.
+
+        ``how``: ``idempotency_key``, ``priority``, ``run_at`` (ms; None is now), ``max_attempts``, ``max_unfinished`` of this
+        requester and ``max_unfinished_in_all`` of this kind (None: as many as they like). IdempotencyConflict, TooMany.
+        """
+        job_id, operation = self._asking(kind, payload, requester=requester, **how)
+        return await self._store.submit_here(operation) or job_id
+
+    def _asking(
         self,
         kind: str,
         payload: Mapping[str, Json],
@@ -108,19 +135,15 @@ class Queue:
         max_attempts: int = 3,
         max_unfinished: int | None = None,
         max_unfinished_in_all: int | None = None,
-    ) -> tuple[str, Future[str]]:
-        """A job id, and the future of the id that counts once it is durable.
-
-        IdempotencyConflict or TooMany through the future. ``run_at`` in ms; None is now.
-        """
+    ) -> tuple[str, Operation[str | None] | Rows]:
+        """A new job's id, and what puts it into the store; the operation's answer is the id that counts, if it is another."""
         now = self._clock()
-        job_id = str(uuid.uuid4())
-        text = json.dumps(payload, separators=(",", ":"), ensure_ascii=False)
+        job_id = self._ids()
         row = {
             "job_id": job_id,
             "kind": kind,
-            "payload_json": text,
-            "payload_digest": _digest(kind, payload),
+            "payload_json": json.dumps(payload, separators=(",", ":"), ensure_ascii=False),
+            "payload_digest": _digest(kind, payload) if idempotency_key else "",
             "requester": requester,
             "idempotency_key": idempotency_key,
             "status": Status.QUEUED.value,
@@ -131,9 +154,11 @@ class Queue:
             "attempt": 0,
             "max_attempts": max(1, min(max_attempts, MAX_ATTEMPTS)),
         }
-        first = {"job_id": job_id, "at": now, "type": "enqueue", "message": "", "attempt": 0}
+        rows = [(jobs, row), (events, {"job_id": job_id, "at": now, "type": "enqueue", "message": "", "attempt": 0})]
+        if not idempotency_key and max_unfinished is None and max_unfinished_in_all is None:
+            return job_id, rows
 
-        def checked(connection: Connection) -> str:
+        def checked(connection: Connection) -> str | None:
             if idempotency_key:
                 same = _bound_to_key(connection, requester, idempotency_key, now)
                 if same is not None:
@@ -141,15 +166,11 @@ class Queue:
                         raise IdempotencyConflict(same["job_id"])
                     return str(same["job_id"])
             _within_caps(connection, kind, requester, max_unfinished, max_unfinished_in_all)
-            connection.execute(jobs.insert(), row)
-            connection.execute(events.insert(), first)
-            return job_id
+            for table, one in rows:
+                connection.execute(table.insert(), one)
+            return None
 
-        if idempotency_key or max_unfinished is not None or max_unfinished_in_all is not None:
-            return job_id, self._store.submit(checked)
-        plain: Future[str] = Future()
-        self._store.submit([(jobs, row), (events, first)]).add_done_callback(lambda done: _pass_on(done, plain, job_id))
-        return job_id, plain
+        return job_id, checked
 
     def get(self, job_id: str, *, requester: str | None = None) -> Job:
         """The job; NoSuchJob also when it is another's and ``requester`` is named."""
@@ -248,7 +269,7 @@ class Queue:
                 "status": Status.RUNNING.value,
                 "attempt": row["attempt"] + 1,
                 "worker": worker,
-                "lease_id": str(uuid.uuid4()),
+                "lease_id": self._ids(),
                 "lease_until": now + lease_s * 1000,
             }
             if row["status"] == Status.RUNNING:
@@ -393,14 +414,6 @@ class Queue:
 def _digest(kind: str, payload: Mapping[str, Json]) -> str:
     canonical = json.dumps([kind, payload], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _pass_on(done: Future[Any], onwards: Future[str], job_id: str) -> None:
-    error = done.exception()
-    if error is None:
-        onwards.set_result(job_id)
-    else:
-        onwards.set_exception(error)
 
 
 def _row(connection: Connection, job_id: str, *, lock: bool = False) -> RowMapping | None:

@@ -1,7 +1,8 @@
 """uvicorn with bounds on its connections, and the sockets it listens on.
 
 A client may be slow, silent or many without taking anything from the others: connections are bounded in all and for each uid
-(or address), a request's head has HEAD_S and HEAD_BYTES, an idle connection IDLE_S. Bodies are bounded in ``app``.
+(or address), a request's head has HEAD_S and HEAD_BYTES, its body BODY_S, an idle connection IDLE_S. The size of a body is bounded in
+``app``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from clawdlets_ops.orchestrator.identity import peer_uid
 
 HEAD_S = 5.0
 HEAD_BYTES = 16_384
+BODY_S = 10.0
 IDLE_S = 30
 BACKLOG = 1024
 LISTEN_FDS_START = 3
@@ -62,9 +64,10 @@ def bounded(bounds: Bounds) -> type[HttpToolsProtocol]:
 
     class Bounded(HttpToolsProtocol):
         _who = ""
-        _head_timer: TimerHandle | None = None
+        _timer: TimerHandle | None = None
         _head_bytes = 0
         _in_head = True
+        _complete = False
         _refused = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -80,7 +83,7 @@ def bounded(bounds: Bounds) -> type[HttpToolsProtocol]:
                 who = address
             if bounds.take(who):
                 self._who = who
-                self._head_timer = self.loop.call_later(bounds.head_s, self._too_slow)
+                self._timer = self.loop.call_later(bounds.head_s, self._too_slow)
             else:
                 self._refuse(b"503 Service Unavailable", b"too many connections")
 
@@ -96,14 +99,17 @@ def bounded(bounds: Bounds) -> type[HttpToolsProtocol]:
                 return
             if self._in_head:
                 self._head_bytes += len(data)
-                if self._head_timer is None:
-                    self._head_timer = self.loop.call_later(bounds.head_s, self._too_slow)
             super().data_received(data)
-            if self._in_head and self._head_bytes > HEAD_BYTES and not self.transport.is_closing():
+            if self._refused or self.transport.is_closing():
+                return
+            if self._timer is None and not self._complete:
+                # a request that came in one piece, as most do, needs no timer at all
+                self._timer = self.loop.call_later(bounds.head_s if self._in_head else BODY_S, self._too_slow)
+            if self._in_head and self._head_bytes > HEAD_BYTES:
                 self._refuse(b"431 Request Header Fields Too Large", b"the head of the request is too large")
 
         def on_message_begin(self) -> None:
-            self._in_head = True
+            self._in_head, self._complete = True, False
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
@@ -113,11 +119,12 @@ def bounded(bounds: Bounds) -> type[HttpToolsProtocol]:
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
-            self._in_head = True
+            self._in_head, self._complete = True, True
+            self._stop_timer()
             super().on_message_complete()
 
         def _too_slow(self) -> None:
-            self._head_timer = None
+            self._timer = None
             if not self.transport.is_closing():
                 self._refuse(b"408 Request Timeout", b"the request did not come in time")
 
@@ -131,9 +138,9 @@ def bounded(bounds: Bounds) -> type[HttpToolsProtocol]:
             self.transport.close()
 
         def _stop_timer(self) -> None:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     return Bounded
 

@@ -7,6 +7,7 @@ lost to a power cut, at a fraction of a commit per row. SQLite facts: sqlite.org
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 import threading
@@ -25,6 +26,7 @@ from sqlalchemy.pool import NullPool
 from clawdlets_ops.errors import StoreError
 
 T = TypeVar("T")
+Waiter = Future[Any] | asyncio.Future[Any]
 
 SCHEMA = 1
 BATCH = 256
@@ -112,6 +114,32 @@ Operation = Callable[[Connection], T]
 Rows = Sequence[tuple[sa.Table, Mapping[str, Any]]]
 
 
+Told = tuple[Waiter, Any, BaseException | None]
+
+
+def _tell(told: list[Told]) -> None:
+    """Give every caller its answer; those that wait in an event loop, all of a loop by one call."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Told]] = {}
+    for one in told:
+        if isinstance(one[0], asyncio.Future):
+            by_loop.setdefault(one[0].get_loop(), []).append(one)
+        else:
+            _settle([one])
+    for loop, many in by_loop.items():
+        with suppress(RuntimeError):  # the loop has ended, and its callers with it
+            loop.call_soon_threadsafe(_settle, many)
+
+
+def _settle(told: list[Told]) -> None:
+    for waiter, result, error in told:
+        if waiter.cancelled():
+            continue
+        if error is None:
+            waiter.set_result(result)
+        else:
+            waiter.set_exception(error)
+
+
 class Store:
     """Open it, ``write`` and ``read`` with operations on a connection, ``close`` it. StoreError says what is wrong.
 
@@ -122,7 +150,7 @@ class Store:
         self._engine = engine
         self._path = path
         self._lock = threading.Condition()
-        self._waiting: list[tuple[Operation[Any] | Rows, Future[Any]]] = []
+        self._waiting: list[tuple[Operation[Any] | Rows, Waiter]] = []
         self._closed = False
         self._connection: Connection | None = None
         with _in_words():
@@ -145,11 +173,20 @@ class Store:
     def submit(self, operation: Operation[T] | Rows) -> Future[T]:
         """A future of the operation's result, set once it is durable. ``Rows`` are inserts, done together with others."""
         future: Future[T] = Future()
+        self._enqueue(operation, future)
+        return future
+
+    def _enqueue(self, operation: Operation[Any] | Rows, waiter: Waiter) -> None:
         with self._lock:
             if self._closed:
                 raise StoreError("is closed", reason="closed")
-            self._waiting.append((operation, future))
+            self._waiting.append((operation, waiter))
             self._lock.notify()
+
+    def submit_here(self, operation: Operation[T] | Rows) -> asyncio.Future[T]:
+        """As ``submit``, with a future of the running event loop; a whole batch is told to the loop at once."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._enqueue(operation, future)
         return future
 
     def write(self, operation: Operation[T]) -> T:
@@ -189,31 +226,22 @@ class Store:
                 batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
                 if not batch:
                     break
-            self._commit([one for one in batch if one[1].set_running_or_notify_cancel()])
+            _tell(self._commit(batch))
         if self._connection is not None:
             self._connection.close()
 
-    def _commit(self, batch: list[tuple[Operation[Any] | Rows, Future[Any]]]) -> None:
+    def _commit(self, batch: list[tuple[Operation[Any] | Rows, Waiter]]) -> list[Told]:
         """One transaction for all; when one of them fails, one for each."""
-        if not batch:
-            return
         try:
             answers = self._transaction(batch)
         except BaseException as error:
             self._reset()
             if len(batch) == 1:
-                batch[0][1].set_exception(error)
-            else:
-                for one in batch:
-                    self._commit([one])
-            return
-        for (_, future), (result, refusal) in zip(batch, answers, strict=True):
-            if refusal is None:
-                future.set_result(result)
-            else:
-                future.set_exception(refusal)
+                return [(batch[0][1], None, error)]
+            return [told for one in batch for told in self._commit([one])]
+        return [(waiter, *answer) for (_, waiter), answer in zip(batch, answers, strict=True)]
 
-    def _transaction(self, batch: list[tuple[Operation[Any] | Rows, Future[Any]]]) -> list[tuple[Any, Refusal | None]]:
+    def _transaction(self, batch: list[tuple[Operation[Any] | Rows, Waiter]]) -> list[tuple[Any, Refusal | None]]:
         answers: list[tuple[Any, Refusal | None]] = []
         rows: dict[sa.Table, list[Mapping[str, Any]]] = {}
         with _in_words():
@@ -285,7 +313,12 @@ def open_postgresql(url: str) -> Store:
     """The store in a PostgreSQL database; ``url`` as libpq takes it, ``postgresql://user@host/name``."""
     rest = url.split("://", 1)[-1]
     try:
-        engine = sa.create_engine(f"postgresql+psycopg://{rest}", poolclass=NullPool, hide_parameters=True)
+        engine = sa.create_engine(
+            f"postgresql+psycopg://{rest}",
+            poolclass=NullPool,
+            hide_parameters=True,
+            connect_args={"client_encoding": "utf8"},  # without it text of a SQL_ASCII database comes as bytes
+        )
     except SQLAlchemyError:
         raise StoreError("the PostgreSQL URL cannot be read", reason="unreachable") from None
     return Store(engine)

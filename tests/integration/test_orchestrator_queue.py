@@ -6,6 +6,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -435,14 +436,16 @@ def test_a_read_only_database_is_an_error_in_words(path: Path) -> None:
 
 def test_a_failing_companion_does_not_take_others_down(store: Store, queue: Queue) -> None:
     """Many at once, some of which fail or are refused: every good one is there, and only those."""
-    futures = []
+    futures: list[Any] = []
+    asking = ThreadPoolExecutor(60)
     for number in range(60):
         if number % 3 == 0:
             futures.append(store.submit(lambda connection: connection.exec_driver_sql("no such statement")))
         elif number % 3 == 1:
-            futures.append(queue.submit("work", {"n": number}, requester="a", max_unfinished=10)[1])
+            futures.append(asking.submit(queue.enqueue, "work", {"n": number}, requester="a", max_unfinished=10))
         else:
-            futures.append(queue.submit("work", {"n": number}, requester="b")[1])
+            futures.append(asking.submit(queue.enqueue, "work", {"n": number}, requester="b"))
+    asking.shutdown()
     errors = [type(future.exception()).__name__ for future in futures if future.exception() is not None]
     assert errors.count("StoreError") == 20
     assert errors.count("TooMany") == 10
