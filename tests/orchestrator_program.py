@@ -1,4 +1,6 @@
-"""The orchestrator as a process of its own, with kinds of jobs for tests and people by uid: ``CONFIG.json WHO.json``."""
+"""The orchestrator as a process of its own, with kinds of jobs for tests and people by uid: ``CONFIG.json WHO.json``.
+
+Without the second, people are this machine's users and groups, as in the field."""
 
 from __future__ import annotations
 
@@ -60,6 +62,8 @@ def make_work(parts: daemon.Parts) -> daemon.Work:
 def main() -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     config = daemon.read_config(Path(sys.argv[1]))
+    if len(sys.argv) < 3:
+        return daemon.run(config, os.environ, make_work)
     people = {int(uid): Who(*who) for uid, who in json.loads(Path(sys.argv[2]).read_text()).items()}
     return daemon.run(config, os.environ, make_work, identify=people.get)
 
