@@ -108,7 +108,7 @@ def orchestrator(folder: Path, **store: str) -> Iterator[Path]:
     process = subprocess.Popen([sys.executable, "-c", SERVER, folder / "config.json"], cwd=ROOT)
     path = folder / "run" / "o.sock"
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not path.exists():
             assert process.poll() is None
             assert time.monotonic() < deadline

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -35,7 +33,7 @@ from clawdlets_ops.orchestrator.jobs import (
     Status,
     backoff_ms,
 )
-from clawdlets_ops.orchestrator.store import Operation, Refusal, Rows, Store, events, jobs
+from clawdlets_ops.orchestrator.store import Ids, Operation, Refusal, Rows, Store, events, jobs
 
 IDEMPOTENCY_WINDOW_MS = 24 * 3600 * 1000
 KEEP_MS = 7 * 24 * 3600 * 1000
@@ -77,22 +75,6 @@ class Pruned:
     """What a prune removed."""
 
     jobs: int
-
-
-class Ids:
-    """Random UUIDs (version 4), whose bytes are fetched many at a time: each fetch lets go of the interpreter for a while."""
-
-    def __init__(self) -> None:
-        self._left: list[str] = []
-
-    def __call__(self) -> str:
-        while True:
-            try:
-                return self._left.pop()
-            except IndexError:
-                some = os.urandom(16 * 64)
-                made = [uuid.UUID(bytes=some[at : at + 16], version=4) for at in range(0, len(some), 16)]
-                self._left += [str(one) for one in made]
 
 
 class Queue:

@@ -11,6 +11,7 @@ import asyncio
 import os
 import stat
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -138,6 +139,22 @@ def _settle(told: list[Told]) -> None:
             waiter.set_result(result)
         else:
             waiter.set_exception(error)
+
+
+class Ids:
+    """Random UUIDs (version 4), whose bytes are fetched many at a time: each fetch lets go of the interpreter for a while."""
+
+    def __init__(self) -> None:
+        self._left: list[str] = []
+
+    def __call__(self) -> str:
+        while True:
+            try:
+                return self._left.pop()
+            except IndexError:
+                some = os.urandom(16 * 64)
+                made = [uuid.UUID(bytes=some[at : at + 16], version=4) for at in range(0, len(some), 16)]
+                self._left += [str(one) for one in made]
 
 
 class Store:
