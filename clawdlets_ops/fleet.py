@@ -22,11 +22,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from clawdlets_ops import fleetfile
-from clawdlets_ops.bots import Bots, Egress, bot_user
+from clawdlets_ops.bots import PROXY_VARIABLES, Bots, Egress, bot_user
 from clawdlets_ops.declared import HostName, LabelKey, LabelValue, ResourceName, SecretName
 from clawdlets_ops.declared import Model as _Model
 from clawdlets_ops.errors import FleetError
-from clawdlets_ops.herd import OWN_LABELS, Cattle, secrets_of
+from clawdlets_ops.herd import OWN_LABELS, RULES, Cattle, secrets_of
 
 # As the operator's name is made from the login name; it names files.
 OperatorName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_][a-z0-9_-]{0,62}$")]
@@ -429,7 +429,18 @@ def json_schema() -> dict[str, Any]:
             part["properties"]["$comment"] = {"type": "string"}
             for value in part["properties"].values():
                 _name_the_keys(value)
-    return schema
+    schema["x-rules"] = {  # of the rules that no schema can say: read by nix/rules.nix, which has them too
+        "ageRecipient": AGE_RECIPIENT,
+        "botUserPrefix": bot_user(""),
+        "keyTypes": KEY_TYPES,
+        "reservedSecrets": list(RESERVED_SECRETS),
+        "unencryptedSuffix": "_unencrypted",
+        "worldOpenBelowPrefix": WORLD_OPEN_BELOW_PREFIX,
+        "proxyVariables": PROXY_VARIABLES,
+        **RULES,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(schema))
+    return plain
 
 
 def _name_the_keys(part: dict[str, Any]) -> None:

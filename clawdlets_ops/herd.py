@@ -30,6 +30,8 @@ SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 MIN_TTL_S: Final = 60
 MAX_TTL_S: Final = 7 * 86400
 MAX_KEY_TTL_S: Final = 3600
+MIN_TOKEN_TTL_S: Final = 30
+MAX_TOKEN_TTL_S: Final = 3600
 
 OWN_LABELS: Final = (
     "managed-by",
@@ -63,6 +65,19 @@ OPERATORS_OWN: Final = frozenset(
 _NOT_VARIABLES = re.compile(
     r"^(?:LD_.*|PATH|HOME|USER|SHELL|IFS|ENV|BASH_ENV|PYTHON(?:PATH|HOME|STARTUP)|CLAWDLETS_.*)$"
 )
+
+RULES: Final = {
+    "ownLabels": OWN_LABELS,
+    "operatorsOwn": sorted(OPERATORS_OWN),
+    "notVariables": _NOT_VARIABLES.pattern,
+    "seconds": SECONDS,
+    "minTtl": MIN_TTL_S,
+    "maxTtl": MAX_TTL_S,
+    "maxKeyTtl": MAX_KEY_TTL_S,
+    "minTokenTtl": MIN_TOKEN_TTL_S,
+    "maxTokenTtl": MAX_TOKEN_TTL_S,
+}
+"""What the validators below go by, for whoever validates in another language (``x-rules`` of the JSON Schema)."""
 
 
 def seconds(duration: str) -> int:
@@ -171,7 +186,7 @@ class Cattle(Model):
     @field_validator("token_ttl")
     @classmethod
     def _token_is_short(cls, value: str) -> str:
-        if not 30 <= seconds(value) <= 3600:
+        if not MIN_TOKEN_TTL_S <= seconds(value) <= MAX_TOKEN_TTL_S:
             raise ValueError("a bootstrap token lives 30s to 1h")
         return value
 
