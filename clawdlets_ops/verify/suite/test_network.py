@@ -158,7 +158,7 @@ def test_mail_ports_are_dropped_for_containers_too(
 ) -> None:
     """Forwarded packets to mail ports on both families, wherever they come from."""
     if expected["egress"]["mode"] == "none":
-        raise NotApplicable("egress.mode is none")
+        raise NotApplicable("egress.mode is none: NOTHING is held back, mail included")
     objects = ruleset(facts)
     faults = []
     for port in expected["egress"]["droppedTcpPorts"]:
@@ -178,7 +178,7 @@ def test_mail_ports_are_dropped_for_containers_too(
 def test_mail_does_not_go_out(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
     """Real attempts from the host to mail ports of addresses that are nobody's, and whether the rule's counter moved."""
     if expected["egress"]["mode"] == "none":
-        raise NotApplicable("egress.mode is none")
+        raise NotApplicable("egress.mode is none: NOTHING is held back, mail included")
     attempts = len(expected["egress"]["droppedTcpPorts"])
     faults, unknown, seen = [], [], []
     for line in section(facts, "mail-out").splitlines():
