@@ -26,6 +26,7 @@ from clawdlets_ops.commands import lockdown as lockdown_commands
 from clawdlets_ops.commands import runs as runs_commands
 from clawdlets_ops.commands import secrets as secrets_commands
 from clawdlets_ops.commands import verify as verify_commands
+from clawdlets_ops.commands.probe import probe
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.files import no_room
 from clawdlets_ops.finding import State, exit_code
@@ -72,6 +73,7 @@ clawdlets.add_command(destroy_commands.destroy)
 clawdlets.add_command(secrets_commands.secrets)
 clawdlets.add_command(guard_commands.guard)
 clawdlets.add_command(verify_commands.verify)
+clawdlets.add_command(probe)
 clawdlets.add_command(verify_commands.watch)
 clawdlets.add_command(bootstrap_commands.bootstrap)
 clawdlets.add_command(lockdown_commands.lockdown)

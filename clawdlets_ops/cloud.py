@@ -88,6 +88,7 @@ class Server:
     placement_group: int | None = None
     image: str | None = None
     created: str = ""
+    private_addresses: tuple[str, ...] = ()
 
     @property
     def addresses(self) -> dict[int, str]:

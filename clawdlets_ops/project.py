@@ -27,12 +27,13 @@ TOKEN_CHARS = 64
 class Vantage:
     """A place to look from. ``via`` is put before a probe's command line; ``controls`` maps the address family
     (4, 6) to an ``address, port`` that this vantage can reach when its network works at all: without that positive
-    control a closed port proves nothing."""
+    control a closed port proves nothing. ``bash``: the place has no Python, the probe is a bash script there."""
 
     name: str
     side: Literal["internet", "tailnet"]
     via: tuple[str, ...] = ()
     controls: Mapping[int, tuple[str, int]] = field(default_factory=dict)
+    bash: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ def _read_vantages(layout: Layout, endpoint: str) -> tuple[Vantage, ...]:
                 controls={
                     int(family): (target[0], int(target[1])) for family, target in entry.get("controls", {}).items()
                 },
+                bash=bool(entry.get("bash", False)),
             )
             for entry in raw
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -55,15 +56,25 @@ def peers(status: Any) -> tuple[Peer, ...]:
     return tuple(found)
 
 
-def find_peer(runner: Runner, host: str) -> Peer | None:
-    """The online peer whose host name is ``host``, or None. Its name proves nothing: the pinned host key does.
-
-    Of several the youngest: a host that was made anew has a forerunner, which counts as online until it is missed.
-    """
+def look(runner: Runner) -> tuple[Peer, ...]:
+    """Every peer that this machine's tailscale sees; ClawdletsError when it cannot be asked."""
     result = runner.run(Command(["tailscale", "status", "--json"], "look at the tailnet", timeout_s=STATUS_TIMEOUT_S))
     if not result.ok:
         raise ClawdletsError(
             f"tailscale status failed: {result.tail()}", where="tailscale", fix="is tailscaled running on this machine?"
         )
-    candidates = [peer for peer in peers(result.json()) if peer.name == host and peer.addresses and peer.online]
+    return peers(result.json())
+
+
+def named(seen: Iterable[Peer], host: str) -> Peer | None:
+    """The online peer whose host name is ``host``, or None. Its name proves nothing: the pinned host key does. Pure.
+
+    Of several the youngest: a host that was made anew has a forerunner, which counts as online until it is missed.
+    """
+    candidates = [peer for peer in seen if peer.name == host and peer.addresses and peer.online]
     return max(candidates, key=lambda peer: peer.created, default=None)
+
+
+def find_peer(runner: Runner, host: str) -> Peer | None:
+    """``named`` of what is seen now."""
+    return named(look(runner), host)

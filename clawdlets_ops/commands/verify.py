@@ -16,6 +16,7 @@ from clawdlets_ops.project import Project
 from clawdlets_ops.sensitive import Secret
 from clawdlets_ops.verify import catalogue, fleet, fleet_report
 from clawdlets_ops.verify import watch as watching
+from clawdlets_ops.verify.run import PARALLEL
 
 FILES = {"json": "report.json", "html": "report.html", "sarif": "report.sarif", "junit": "junit.xml"}
 
@@ -49,9 +50,7 @@ def _explain(context: click.Context, _parameter: click.Parameter, ident: str | N
 @click.option(
     "--format", "form", type=click.Choice(["text", *FILES]), default="text", help="What is printed; all are written."
 )
-@click.option(
-    "--parallel", type=click.IntRange(1, 64), default=fleet.PARALLEL, show_default=True, help="Hosts at a time."
-)
+@click.option("--parallel", type=click.IntRange(1, 64), default=PARALLEL, show_default=True, help="Hosts at a time.")
 @click.option(
     "--explain", metavar="ID", expose_value=False, is_eager=True, callback=_explain, help="What a check looks at."
 )

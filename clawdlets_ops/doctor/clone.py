@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from clawdlets_ops import age
+from clawdlets_ops.doctor.ignored import git_evidence
 from clawdlets_ops.doctor.looking import attempt, first_line
 from clawdlets_ops.doctor.snapshot import Blind, Hooks, NotHere, Repo, Scan, Wrong
 from clawdlets_ops.errors import ClawdletsError, CommandError
@@ -25,7 +26,6 @@ from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project
 from clawdlets_ops.secrets.plan import sops_config
 from clawdlets_ops.secrets.vault import OPERATOR_SUFFIX, declared_host, declared_pin, next_host, operators_of
-from clawdlets_ops.verify.run import git_evidence
 
 UNREADABLE = "unreadable"
 MAX_TREE_BYTES = 2 * 1024**3

@@ -64,11 +64,15 @@ def _exposure(fleet: Fleet, host: str) -> Verdict:
 
 def runtime_dir_is_ignored(snapshot: Snapshot) -> Iterable[Verdict]:
     """GIT-01: by a rule that every clone has."""
-    git = _repo(snapshot).ignored
+    return [ignored(_repo(snapshot).ignored)]
+
+
+def ignored(git: Mapping[str, Any] | Blind) -> Verdict:
+    """The verdict on what ``git_evidence`` saw."""
     if isinstance(git, Blind):
-        return [unknown(git.why)]
+        return unknown(git.why)
     if git["problem"] or not git["checkout"]:
-        return [unknown(git["problem"] or "the project is not a git checkout")]
+        return unknown(git["problem"] or "the project is not a git checkout")
     faults = []
     for entry in git["paths"]:
         source = entry["source"]
@@ -78,7 +82,7 @@ def runtime_dir_is_ignored(snapshot: Snapshot) -> Iterable[Verdict]:
             faults.append(f"{entry['path']} is ignored by {source} only, which other clones do not have")
         elif not entry["tracked"]:
             faults.append(f"{entry['path']} is ignored by {source}, which is not tracked")
-    return [settled(faults, f"ignored by the tracked {', '.join(sorted({e['source'] for e in git['paths']}))}")]
+    return settled(faults, f"ignored by the tracked {', '.join(sorted({e['source'] for e in git['paths']}))}")
 
 
 def nothing_private_in_git(snapshot: Snapshot) -> Iterable[Verdict]:

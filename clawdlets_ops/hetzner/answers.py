@@ -33,6 +33,7 @@ def server(found: Any) -> Server:
         },
         placement_group=int(found.placement_group.id) if found.placement_group else None,
         image=found.image.name if found.image else None,
+        private_addresses=tuple(str(network.ip) for network in found.private_net or ()),
         created=found.created.isoformat() if found.created else "",
     )
 

@@ -16,7 +16,7 @@ from clawdlets_ops.verify import suite
 @dataclass(frozen=True)
 class Check:
     """One check. ``claim`` is the line of the security model it stands for; ``how`` says what is looked at; ``vantage`` is
-    host, client, outside, api or repository."""
+    host, client, outside, api or repository; ``expect`` is what must be seen."""
 
     id: str
     severity: str
@@ -24,6 +24,7 @@ class Check:
     fix: str
     vantage: str
     how: str
+    expect: str = ""
 
     def __str__(self) -> str:
         return "\n".join(
@@ -31,6 +32,7 @@ class Check:
                 f"{self.id} ({self.severity})",
                 f"  claim    {self.claim}",
                 f"  seen by  {self.vantage}",
+                *([f"  expected {self.expect}"] if self.expect else []),
                 *([f"  how      {self.how}"] if self.how else []),
                 f"  to do    {self.fix}",
             ]
@@ -53,6 +55,7 @@ def catalogue() -> tuple[Check, ...]:
                             claim=mark.kwargs["claim"],
                             fix=mark.kwargs["fix"],
                             vantage=mark.kwargs.get("vantage", "host"),
+                            expect=mark.kwargs.get("expect", ""),
                             how=" ".join((function.__doc__ or "").split()),
                         )
                     )

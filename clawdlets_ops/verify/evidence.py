@@ -5,22 +5,28 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import testinfra
 
-from clawdlets_ops.errors import ClawdletsError
+from clawdlets_ops.errors import ClawdletsError, CommandError, CommandTimeout
 from clawdlets_ops.files import write_atomic
-from clawdlets_ops.process import Command, Runner
+from clawdlets_ops.process import Command, LocalRunner, Runner
 from clawdlets_ops.project import Vantage
-from clawdlets_ops.verify.exposure import measure_exposure, probe_from
+from clawdlets_ops.verify.exposure import Sight, measure_hosts, probe_from
 from clawdlets_ops.verify.ssh_config import CONTROL_PATH_MAX_BYTES, known_hosts, ssh_config
 from clawdlets_ops.verify.suite.reading import parse_frames
 
 ATTEMPT_TIMEOUT_S = 30.0
+FACTS_TIMEOUT_S = 180.0
+FACTS_LIMIT_BYTES = 8 * 1024 * 1024
+SSH_FAILED = 255
 CLOSE_TIMEOUT_S = 10.0
 SHORT_FOLDER = "/tmp"  # noqa: S108 - a private folder is made in it
 
@@ -32,20 +38,64 @@ METHODS = {
 }
 
 
+T = TypeVar("T")
+
+
+class Once(Generic[T]):
+    """A value that is made when it is first asked for, by whoever comes first; the others wait for it."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made: list[T] = []
+
+    def __call__(self) -> T:
+        with self._lock:
+            if not self._made:
+                self._made.append(self._make())
+            return self._made[0]
+
+
+def look_at(expectations: Sequence[Mapping[str, Any]], *, runner: Runner) -> dict[str, list[dict[str, Any]]]:
+    """The cells of each host, where all of ``expectations`` have the same vantages: these look at all hosts in one go."""
+    sights = {}
+    for expected in expectations:
+        addresses = {
+            network: {int(family): address for family, address in found.items()}
+            for network, found in expected["addresses"].items()
+        }
+        sights[expected["host"]] = Sight(
+            addresses["public"],
+            addresses["tailnet"],
+            expected["ssh"]["port"],
+            tuple(expected.get("closedPorts", ())),
+        )
+    measured = measure_hosts([vantage_of(entry) for entry in expectations[0]["vantages"]], sights, runner=runner)
+    return {host: one.as_json()["cells"] for host, one in measured.items()}
+
+
 class HostEvidence:
     """The evidence on one host. Everything is looked at once, when it is first asked for; ``close`` ends the connection."""
 
     def __init__(
-        self, expected: Mapping[str, Any], *, runner: Runner, nonce: Callable[[], str] = lambda: secrets.token_hex(16)
+        self,
+        expected: Mapping[str, Any],
+        *,
+        runner: LocalRunner,
+        nonce: Callable[[], str] = lambda: secrets.token_hex(16),
+        look: Callable[[], list[dict[str, Any]]] | None = None,
     ) -> None:
         self.expected = expected
         self.raw_facts = ""
         self._runner = runner
         self._nonce = nonce
+        self._look = look or (lambda: look_at([expected], runner=runner)[expected["host"]])
+        self._lock = threading.RLock()  # who asks while somebody else is looking waits for what is seen
+        self._looking = threading.RLock()
         self._folder = tempfile.TemporaryDirectory(prefix="clv-", dir=_short_folder())
         self._facts: dict[str, Any] | None = None
         self._exposure: list[dict[str, Any]] | None = None
-        self._attempts: dict[tuple[str, str], dict[str, Any]] = {}
+        self._attempts: dict[tuple[str, str], Once[dict[str, Any]]] = {}
         folder = Path(self._folder.name)
         self._config = folder / "ssh_config"
         write_atomic(folder / "known_hosts", known_hosts(expected))
@@ -70,9 +120,10 @@ class HostEvidence:
     @property
     def facts(self) -> dict[str, Any]:
         """See ``suite.reading`` for the shape; ``problem`` says why there are none."""
-        if self._facts is None:
-            self._facts = self._fetch()
-        return self._facts
+        with self._lock:
+            if self._facts is None:
+                self._facts = self._fetch()
+            return self._facts
 
     @property
     def facts_sha256(self) -> str:
@@ -81,21 +132,11 @@ class HostEvidence:
 
     @property
     def exposure(self) -> list[dict[str, Any]]:
-        """Port 22 from every vantage; the shape of ``Exposure.as_json()["cells"]``."""
-        if self._exposure is None:
-            addresses = {
-                network: {int(family): address for family, address in found.items()}
-                for network, found in self.expected["addresses"].items()
-            }
-            measured = measure_exposure(
-                [vantage_of(entry) for entry in self.expected["vantages"]],
-                addresses["public"],
-                addresses["tailnet"],
-                runner=self._runner,
-                port=self.expected["ssh"]["port"],
-            )
-            self._exposure = measured.as_json()["cells"]
-        return self._exposure
+        """Port 22 and some other ports from every vantage; the shape of ``Exposure.as_json()["cells"]``."""
+        with self._looking:
+            if self._exposure is None:
+                self._exposure = self._look()
+            return self._exposure
 
     @property
     def measured(self) -> bool:
@@ -112,9 +153,14 @@ class HostEvidence:
     def attempt(self, user: str, method: str) -> dict[str, Any]:
         """A login that should be refused, over a fresh connection, once: ``{result: admitted | denied | failed, methods:
         [str] | None, presented: fingerprint | None, why}``."""
-        if (user, method) not in self._attempts:
-            self._attempts[user, method] = self._attempt(user, method)
-        return self._attempts[user, method]
+        with self._lock:
+            once = self._attempts.setdefault((user, method), Once(lambda: self._attempt(user, method)))
+        return once()
+
+    @property
+    def attempts(self) -> dict[str, dict[str, Any]]:
+        """Every attempt so far, by ``user method``."""
+        return {f"{user} {method}": once() for (user, method), once in sorted(self._attempts.items())}
 
     def _attempt(self, user: str, method: str) -> dict[str, Any]:
         options = (
@@ -140,17 +186,37 @@ class HostEvidence:
         ssh = self.expected["ssh"]
         facts: dict[str, Any] = {"problem": None, "network": ssh["network"], "address": ssh["address"], "sections": {}}
         nonce = self._nonce()
+        words = ["ssh", "-F", self._config, self.expected["host"]]
+        command = Command(
+            [*words, f"sudo -n {shlex.quote(self.expected['factsProgram'])} {nonce}"],
+            "ask the host",
+            timeout_s=FACTS_TIMEOUT_S,
+        )
+        began = time.time()
         try:
-            answer = self.host.run("sudo -n %s %s", self.expected["factsProgram"], nonce)
-        except RuntimeError as error:  # testinfra: ssh itself failed (status 255)
-            return {**facts, "problem": f"no session with {ssh['address']}: {_last_line(_stderr_of(error))}"}
-        # Not .stdout: for a byte outside ASCII that would run another command on the host to learn its encoding.
-        text = answer.stdout_bytes.decode("utf-8", errors="replace")
-        if answer.rc != 0:
-            said = _last_line(answer.stderr_bytes.decode("utf-8", errors="replace"))
-            return {**facts, "problem": f"clawdlets-facts ended with status {answer.rc} ({said})"}
+            with self._runner.stream(command) as output:
+                said = output.read(FACTS_LIMIT_BYTES + 1)
+        except CommandTimeout:
+            return {**facts, "problem": f"the host did not end its answer within {FACTS_TIMEOUT_S:g} s"}
+        except CommandError as error:
+            last = _last_line(error.what)
+            if error.exit_code == SSH_FAILED:
+                return {**facts, "problem": f"no session with {ssh['address']}: {last}"}
+            return {**facts, "problem": f"clawdlets-facts ended with status {error.exit_code} ({last})"}
+        except ClawdletsError as error:
+            return {**facts, "problem": error.what.splitlines()[0]}
+        if len(said) > FACTS_LIMIT_BYTES:
+            return {
+                **facts,
+                "problem": f"the host's answer is longer than {FACTS_LIMIT_BYTES} bytes: none of it is read",
+            }
+        text = said.decode("utf-8", errors="replace")
         self.raw_facts = text
-        return {**facts, "sections": parse_frames(text, nonce)}
+        return {
+            **facts,
+            "asked": {"from": began, "to": time.time()},
+            "sections": parse_frames(text, nonce),
+        }
 
 
 def vantage_of(entry: Mapping[str, Any]) -> Vantage:
@@ -160,6 +226,7 @@ def vantage_of(entry: Mapping[str, Any]) -> Vantage:
         side=entry["side"],
         via=tuple(entry["via"]),
         controls={int(family): (target[0], int(target[1])) for family, target in entry["controls"].items()},
+        bash=bool(entry.get("bash", False)),
     )
 
 
@@ -179,11 +246,6 @@ def read_attempt(said: str) -> dict[str, Any]:
         "presented": presented[1] if presented else None,
         "why": _last_line("\n".join(line for line in said.splitlines() if not line.startswith("debug"))),
     }
-
-
-def _stderr_of(error: RuntimeError) -> str:
-    said = getattr(error.args[0], "stderr_bytes", b"") if error.args else b""
-    return bytes(said).decode("utf-8", errors="replace")
 
 
 def _last_line(text: str) -> str:

@@ -36,6 +36,8 @@ OPERATOR_VANTAGE = "operator"
 SYSTEM_PROGRAMS = str(HOST_PROGRAMS)
 TAILSCALE_INTERFACE: str = hostfiles.data("tailnet.json")["interface"]
 TAILSCALE_UDP_PORT: int = hostfiles.data("tailnet.json")["udpPort"]
+# Looked at from outside whatever the host says: web servers, proxies, and where a second SSH server would be.
+OFTEN_OPEN = (80, 443, 2222, 8022, 8080)
 PASSWORD_HASH_SUFFIX = "_password_hash"  # noqa: S105 - the end of a name
 # What clawdlets-facts asks sshd about: users that exist and one that does not; loopback, tailnet, internet on both families.
 SSHD_USERS = (ADMIN, "breakglass", "nobody-such", "root")
@@ -91,6 +93,7 @@ def build_expectation(
         "adminKeys": [{"type": key.split()[0], "fingerprint": fingerprint(key)} for key in admin_keys],
         "adminCidrs": list(declared.provisioning.admin_cidrs),
         "worldOpen": world,
+        "closedPorts": [port for port in OFTEN_OPEN if port != ssh_port],
         "sshdUsers": list(SSHD_USERS),
         "sshdSources": list(SSHD_SOURCES),
         "passwordUsers": sorted(
@@ -165,6 +168,7 @@ def _vantage(vantage: Vantage, mode: str, *, world: bool) -> dict[str, Any]:
         "via": list(vantage.via),
         "controls": {str(family): list(target) for family, target in sorted(vantage.controls.items())},
         "expect": "yes" if reached else "no",
+        "bash": vantage.bash,
     }
 
 

@@ -77,6 +77,23 @@ class Exposure:
         return {"cells": [asdict(cell) for cell in self.cells]}
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What is to be looked at of one host: its addresses on both sides by family, the SSH port, and other ports of its
+    public addresses."""
+
+    public: Mapping[int, str]
+    tailnet: Mapping[int, str]
+    port: int = SSH_PORT
+    others: tuple[int, ...] = ()
+
+    def targets(self, side: str) -> list[tuple[int, str, int]]:
+        """(family, address, port) as a vantage of ``side`` looks at them, the SSH port first."""
+        addresses = self.public if side == "internet" else self.tailnet
+        ports = (self.port, *(self.others if side == "internet" else ()))
+        return [(family, addresses[family], port) for port in ports for family in FAMILIES if family in addresses]
+
+
 def measure_exposure(
     vantages: Sequence[Vantage],
     public: Mapping[int, str],
@@ -87,25 +104,30 @@ def measure_exposure(
 ) -> Exposure:
     """Probe from every vantage at once: those on the internet side the ``public`` addresses, the others the ``tailnet``
     ones (family → address). A vantage that cannot be used gives unknown cells, never an exception."""
+    return measure_hosts(vantages, {"": Sight(public, tailnet, port)}, runner=runner)[""]
+
+
+def measure_hosts(vantages: Sequence[Vantage], sights: Mapping[str, Sight], *, runner: Runner) -> dict[str, Exposure]:
+    """The same for many hosts: every vantage looks at all of them in one go, all vantages at once."""
     if not vantages:
-        return Exposure(())
+        return {host: Exposure(()) for host in sights}
     with ThreadPoolExecutor(max_workers=len(vantages)) as pool:
-        parts = list(
-            pool.map(lambda one: _measure(one, public if one.side == "internet" else tailnet, runner, port), vantages)
-        )
-    return Exposure(tuple(cell for part in parts for cell in part))
+        parts = list(pool.map(lambda one: _measure(one, sights, runner), vantages))
+    return {host: Exposure(tuple(cell for part in parts for cell in part[host])) for host in sights}
 
 
 def probe_from(vantage: Vantage, targets: Sequence[tuple[int, str, int]], *, runner: Runner) -> list[dict[str, Any]]:
     """What ``vantage`` sees of ``targets`` (family, address, port), in that order: ``{family, address, port, outcome,
     banner, detail}``. ClawdletsError when the probe cannot be run there, or its answer is not understood."""
     words = [str(word) for target in targets for word in target]
-    python = "python3" if vantage.via else sys.executable
+    reader = ["python3" if vantage.via else sys.executable, "-I", "-"]
+    if vantage.bash:
+        reader = ["bash", "-s", "--"]
     result = runner.run(
         Command(
-            [*vantage.via, python, "-I", "-", *words],
+            [*vantage.via, *reader, *words],
             f"look from {vantage.name}",
-            stdin=_script(),
+            stdin=_script("probe.bash" if vantage.bash else "probe.py"),
             timeout_s=PROBE_TIMEOUT_S,
         )
     ).check()
@@ -119,27 +141,35 @@ def probe_from(vantage: Vantage, targets: Sequence[tuple[int, str, int]], *, run
     return results
 
 
-def _measure(vantage: Vantage, addresses: Mapping[int, str], runner: Runner, port: int) -> list[Cell]:
-    families = [family for family in FAMILIES if family in addresses]
-    if not families:
-        return []
-    targets = [(family, addresses[family], port) for family in families]
+def _measure(vantage: Vantage, sights: Mapping[str, Sight], runner: Runner) -> dict[str, list[Cell]]:
+    wanted = {host: sight.targets(vantage.side) for host, sight in sights.items()}
+    targets = [target for some in wanted.values() for target in some]
+    if not targets:
+        return {host: [] for host in sights}
+    families = sorted({target[0] for target in targets})
     controls = [(family, *vantage.controls[family]) for family in families if family in vantage.controls]
     try:
         results = probe_from(vantage, [*targets, *controls], runner=runner)
     except ClawdletsError as error:
         said = error.what.strip().splitlines()[0][:200]
-        return [Cell(vantage.name, vantage.side, *target, reach="unknown", detail=said) for target in targets]
+        return {
+            host: [Cell(vantage.name, vantage.side, *target, reach="unknown", detail=said) for target in some]
+            for host, some in wanted.items()
+        }
     reached = {one["family"] for one in results[len(targets) :] if one["outcome"] == "open"}
-    return [
-        Cell(
-            vantage.name,
-            vantage.side,
-            *target,
-            *_read(one, control=vantage.controls.get(target[0]), reached=target[0] in reached),
-        )
-        for target, one in zip(targets, results, strict=False)
-    ]
+    seen = iter(results)
+    return {
+        host: [
+            Cell(
+                vantage.name,
+                vantage.side,
+                *target,
+                *_read(next(seen), control=vantage.controls.get(target[0]), reached=target[0] in reached),
+            )
+            for target in some
+        ]
+        for host, some in wanted.items()
+    }
 
 
 def _read(result: Mapping[str, Any], *, control: tuple[str, int] | None, reached: bool) -> tuple[Reach, str]:
@@ -160,5 +190,5 @@ def _place(cell: Cell) -> str:
     return f"{cell.vantage} over IPv{cell.family}"
 
 
-def _script() -> str:
-    return Path(__file__).with_name("probe.py").read_text(encoding="utf-8")
+def _script(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

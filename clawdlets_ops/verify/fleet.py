@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -18,12 +19,12 @@ from clawdlets_ops.finding import Finding, State, exit_code
 from clawdlets_ops.hetzner import Cloud
 from clawdlets_ops.process import Runner
 from clawdlets_ops.project import Project
-from clawdlets_ops.verify import catalogue, fleet_report, signature
+from clawdlets_ops.verify import catalogue, fleet_report, repository, run, signature
 from clawdlets_ops.verify import host as one_host
 from clawdlets_ops.verify.run import Report
 
 FLEET_REPORT_VERSION = 1
-PARALLEL = 4
+ASKED_AT_ONCE = 4
 REPORTS_KEPT = 100
 NOT_RUN = "RUN-01"
 
@@ -52,29 +53,55 @@ def verify_fleet(
     runner: Runner,
     cloud: Cloud,
     only: Sequence[str] = (),
-    parallel: int = PARALLEL,
+    parallel: int = run.PARALLEL,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> FleetReport:
     """Verify ``hosts``, ``parallel`` at a time, and write the report below ``.clawdlets/reports/_fleet`` (0700, files 0600).
 
     ``only`` names checks in any case; VerifyError for one that does not exist, FleetError for such a host. A host that
-    could not be verified at all is a finding of the state unknown, and does not keep the others from being verified.
+    could not be verified at all is a finding of the state unknown, and does not keep the others from being verified. One
+    pytest judges all of them, and the vantages look at all of them at once.
     """
     checks = catalogue.catalogue()
     wanted = tuple(dict.fromkeys(catalogue.find(ident, checks).id for ident in only))
     for host in hosts:
         project.fleet.host(host)
     started, at = time.monotonic(), now()
+    folder = project.layout.fleet_reports / at.strftime("%Y%m%dT%H%M%S%fZ")
+    seen = functools.cache(lambda: one_host.peers(project, hosts, runner=runner))
 
-    def judge(host: str) -> Report | ClawdletsError:
+    def expect(host: str) -> Mapping[str, Any] | ClawdletsError:
         try:
-            return one_host.verify(project, host, runner=runner, cloud=cloud, only=wanted)
+            return one_host.expect(project, host, cloud=cloud, seen=seen)
         except ClawdletsError as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=max(1, min(parallel, len(hosts)))) as pool:
-        outcomes = dict(zip(hosts, pool.map(judge, hosts), strict=True))
-    folder = project.layout.fleet_reports / at.strftime("%Y%m%dT%H%M%S%fZ")
+    with ThreadPoolExecutor(max_workers=max(1, min(ASKED_AT_ONCE, len(hosts)))) as pool:
+        found = dict(zip(hosts, pool.map(expect, hosts), strict=True))
+    outcomes: dict[str, Report | ClawdletsError] = {
+        host: one for host, one in found.items() if isinstance(one, ClawdletsError)
+    }
+    subjects = {
+        host: (one, one_host.report_folder(project, host))
+        for host, one in found.items()
+        if not isinstance(one, ClawdletsError)
+    }
+    if subjects:
+        asked = repository.is_asked(checks, wanted)
+        try:
+            outcomes |= run.verify_hosts(
+                project,
+                subjects,
+                runner=runner,
+                folder=folder,
+                only=wanted,
+                parallel=parallel,
+                diagnose=(lambda: repository.diagnose(project, tuple(subjects), cloud=cloud)) if asked else None,
+                now=lambda: at,
+            )
+        except ClawdletsError as error:
+            outcomes |= dict.fromkeys(subjects, error)
+    outcomes = {host: outcomes[host] for host in hosts}
     before = newest(project.layout.fleet_reports)
     ensure_dir(folder)
     document = _document(outcomes, wanted, before, folder, at=at, duration_s=time.monotonic() - started)

@@ -3,8 +3,9 @@
     pytest --pyargs clawdlets_ops.verify.suite -p clawdlets_ops.verify.plugin --expectation alpha.json
 
 Fixtures: ``expected`` (the expectation), ``facts`` (the host's evidence, fetched once), ``exposure`` (port 22 from every
-vantage), ``probe(vantage, address, port)``, ``attempt(user, method)``, ``observe(text)``, ``unknown(why)``,
-``not_applicable(why)`` and ``host``, testinfra's own, over one shared connection with the pinned host key.
+vantage), ``repository`` (what the doctor says), ``cloud`` (what the API shows), ``probe(vantage, address, port)``,
+``attempt(user, method)``, ``observe(text)``, ``unknown(why)``, ``not_applicable(why)`` and ``host``, testinfra's own, over
+one shared connection with the pinned host key.
 
 Four results: passed, failed, unknown (nobody could see; counts as not passed), not applicable. Exit status: 0 all passed, 1
 something failed, 2 something is unknown or nothing was checked.
@@ -12,9 +13,13 @@ something failed, 2 something is unknown or nothing was checked.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,11 +29,15 @@ from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.files import write_atomic
 from clawdlets_ops.finding import Finding, State, exit_code
 from clawdlets_ops.process import LocalRunner
-from clawdlets_ops.verify.evidence import HostEvidence
+from clawdlets_ops.verify.evidence import METHODS, HostEvidence, Once, look_at
 from clawdlets_ops.verify.expectation import EXPECTATION_VERSION
 from clawdlets_ops.verify.suite.reading import NotApplicable, Unknown
 
 FINDINGS_VERSION = 1
+PARALLEL = 16
+REPOSITORY_WITHIN_S = 180.0
+# What a check of each vantage goes by, where it has noted nothing of its own.
+_COMMAND = {"api": "GET server and firewalls", "repository": "clawdlets doctor", "host": "clawdlets-facts"}
 SEARCH_PATH = f"/run/current-system/sw/bin:/usr/local/bin:{os.defpath}"
 _RANK = {State.NOT_APPLICABLE: 0, State.PASS: 1, State.UNKNOWN: 2, State.FAIL: 3}
 _VANTAGE = {
@@ -50,13 +59,19 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     group.addoption("--findings", default=None, metavar="FILE", help="Where to write all findings (JSON, 0600).")
     group.addoption("--only", action="append", default=[], metavar="ID", help="Only this check; repeatable.")
     group.addoption(
+        "--repository", default=None, metavar="FILE", help="What the doctor says; waited for when it is not there yet."
+    )
+    group.addoption("--parallel", type=int, default=PARALLEL, metavar="N", help="Hosts that are asked at a time.")
+    group.addoption(
         "--search-path", default=SEARCH_PATH, metavar="PATH", help="Where ssh and the vantages' programs are."
     )
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "check(id, severity, claim, fix, vantage): the entry of the check catalogue")
+    config.addinivalue_line(
+        "markers", "check(id, severity, claim, expect, fix, vantage): the entry of the check catalogue"
+    )
     config.pluginmanager.register(Verification(config), "clawdlets-verification")
 
 
@@ -68,17 +83,71 @@ class Verification:
         # Kept as it was given: the plugin reads no environment, whoever runs it says where programs are.
         self._runner = LocalRunner({"PATH": config.getoption("--search-path")})
         self.expectations = [read_expectation(Path(name)) for name in config.getoption("--expectation")]
+        self.repository = Once(lambda: read_repository(config.getoption("--repository")))
+        self._pool = ThreadPoolExecutor(max_workers=max(1, config.getoption("--parallel")))
+        self._looks = ThreadPoolExecutor(max_workers=2)
+        self._begun: list[Future[Any]] = []
         self._evidence: dict[str, HostEvidence] = {}
+        self._outside: dict[str, Once[dict[str, list[dict[str, Any]]]]] = self._from_outside()
         self._collected: dict[str, pytest.Item] = {}
         self._found: dict[str, tuple[State, str]] = {}
         self._seconds: dict[str, float] = {}
+        self._gathering_s = 0.0
+        self._saw: dict[str, Seen] = {}
         self.observed: dict[str, list[str]] = {}
+
+    def _from_outside(self) -> dict[str, Once[dict[str, list[dict[str, Any]]]]]:
+        """host → the look at it that it shares with every host that has the same vantages."""
+        shared: dict[str, list[dict[str, Any]]] = {}
+        for expected in self.expectations:
+            places = [{**entry, "expect": ""} for entry in expected["vantages"]]
+            shared.setdefault(json.dumps(places, sort_keys=True), []).append(expected)
+        looks = [(some, Once(partial(look_at, some, runner=self._runner))) for some in shared.values()]
+        return {expected["host"]: look for some, look in looks for expected in some}
 
     def evidence(self, expected: dict[str, Any]) -> HostEvidence:
         """The evidence on one host, made when it is first asked for."""
-        if expected["host"] not in self._evidence:
-            self._evidence[expected["host"]] = HostEvidence(expected, runner=self._runner)
-        return self._evidence[expected["host"]]
+        host = expected["host"]
+        if host not in self._evidence:
+            look = self._outside[host]
+            self._evidence[host] = HostEvidence(expected, runner=self._runner, look=lambda: look()[host])
+        return self._evidence[host]
+
+    def saw(self, nodeid: str) -> Seen:
+        """What the test looks at, as it goes."""
+        return self._saw.setdefault(nodeid, Seen())
+
+    def _begin(self, items: list[pytest.Item]) -> None:
+        """Ask every host and every vantage at once for what these tests will want; they wait for what is not there yet."""
+        wanted: dict[str, set[str]] = {}
+        for item in items:
+            given = item.callspec.params.get("expected") if hasattr(item, "callspec") else None
+            if isinstance(given, dict):
+                wanted.setdefault(given["host"], set()).update(getattr(item, "fixturenames", ()))
+        for expected in self.expectations:
+            asked = wanted.get(expected["host"], set())
+            one = self.evidence(expected) if asked & {"facts", "exposure", "attempt"} else None
+            if one is not None and "exposure" in asked:
+                self._begun.append(self._looks.submit(getattr, one, "exposure"))
+            if one is not None and asked & {"facts", "attempt"}:
+                self._begun.append(self._pool.submit(self._ask, one, facts="facts" in asked, tries="attempt" in asked))
+
+    def _ask(self, one: HostEvidence, *, facts: bool, tries: bool) -> None:
+        # Refused logins come last: a host may well shut us out after a few of them.
+        if facts:
+            _ = one.facts
+        if tries:
+            with ThreadPoolExecutor(max_workers=len(METHODS)) as pool:
+                list(pool.map(lambda pair: one.attempt(*pair), usual_attempts(one.expected)))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self) -> None:
+        """Everything that was asked for is there before the first check is made."""
+        started = time.perf_counter()
+        wait(self._begun)
+        if any("repository" in getattr(item, "fixturenames", ()) for item in self._collected.values()):
+            self.repository()
+        self._gathering_s = time.perf_counter() - started
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "expected" in metafunc.fixturenames:
@@ -96,6 +165,7 @@ class Verification:
         # Refused logins come last: a host may well shut us out after a few of them.
         items.sort(key=lambda item: "attempt" in getattr(item, "fixturenames", ()))
         self._collected = {item.nodeid: item for item in items}
+        self._begin(items)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -136,6 +206,7 @@ class Verification:
                 "findingsVersion": FINDINGS_VERSION,
                 "findings": [{**finding.as_json(), **more} for finding, more in findings],
                 "exposure": {host: one.exposure for host, one in self._evidence.items() if one.measured},
+                "gatheringS": round(self._gathering_s, 3),
                 "evidence": {
                     host: {"sha256": one.facts_sha256, "facts": one.raw_facts} for host, one in self._evidence.items()
                 },
@@ -143,6 +214,8 @@ class Verification:
             write_atomic(Path(self._findings_file), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
     def pytest_unconfigure(self) -> None:
+        for pool in (self._pool, self._looks):
+            pool.shutdown(cancel_futures=True)
         for one in self._evidence.values():
             one.close()
 
@@ -180,9 +253,73 @@ class Verification:
             vantage=_vantage_text(entry.get("vantage", "host"), expected) if expected else "",
             fix=entry.get("fix", "") if state in (State.FAIL, State.UNKNOWN) else "",
         )
-        # The first check that asks for the host's evidence is the one that waits for it.
-        seconds = round(self._seconds.get(nodeid, 0.0), 4)
-        return finding, {"severity": str(entry.get("severity", "medium")), "durationS": seconds}
+        saw = self._saw.get(nodeid, Seen())
+        return finding, {
+            "severity": str(entry.get("severity", "medium")),
+            "durationS": round(self._seconds.get(nodeid, 0.0), 4),
+            "expected": entry.get("expect", ""),
+            "command": saw.command or _COMMAND.get(entry.get("vantage", "host"), ""),
+            "evidenceSha256": saw.sha256(),
+        }
+
+
+class Seen:
+    """What one check looked at: the pieces of evidence by name, and what was run for them."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, Any] = {}
+
+    def note(self, name: str, piece: Any) -> Any:
+        """``piece``, remembered under ``name``: a section of the facts, a login attempt, cells, the API's account."""
+        self._pieces[name] = piece
+        return piece
+
+    @property
+    def command(self) -> str:
+        """What was run, in words for a report: the sections of clawdlets-facts, the logins tried."""
+        return ", ".join(sorted(self._pieces))
+
+    def sha256(self) -> str:
+        """The digest of the pieces, in the order of their names; empty when nothing was looked at."""
+        if not self._pieces:
+            return ""
+        text = json.dumps(self._pieces, sort_keys=True, ensure_ascii=False, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Watched(dict[str, Any]):
+    """The sections of the facts; which of them a check reads is noted."""
+
+    def __init__(self, sections: dict[str, Any], seen: Seen) -> None:
+        super().__init__(sections)
+        self._seen = seen
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As dict.get."""
+        return self._seen.note(f"clawdlets-facts {name}", super().get(name, default))
+
+
+def usual_attempts(expected: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The logins that the suite's own checks try, so that they can be tried at once. Pure."""
+    admin = expected["ssh"]["user"]
+    others = [(user, "password") for user in expected["passwordUsers"] if user != admin][:1]
+    return [(admin, "none"), *others, ("root", "publickey")]
+
+
+def read_repository(name: str | None) -> dict[str, Any]:
+    """What the doctor says, from the file that is written when it has said it: ``{problem, findings}``."""
+    if name is None:
+        return {"problem": "the doctor was not asked", "findings": []}
+    path, until = Path(name), time.monotonic() + REPOSITORY_WITHIN_S
+    while not path.exists():
+        if time.monotonic() > until:
+            return {"problem": f"the doctor said nothing within {REPOSITORY_WITHIN_S:g} s", "findings": []}
+        time.sleep(0.02)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {"problem": f"what the doctor said cannot be read ({type(error).__name__})", "findings": []}
+    return found
 
 
 def read_expectation(path: Path) -> dict[str, Any]:
@@ -231,28 +368,60 @@ def _evidence(request: pytest.FixtureRequest, expected: dict[str, Any]) -> HostE
     return _verification(request).evidence(expected)
 
 
-@pytest.fixture(scope="session")
-def facts(_evidence: HostEvidence) -> dict[str, Any]:
+@pytest.fixture
+def _saw(request: pytest.FixtureRequest) -> Seen:
+    return _verification(request).saw(request.node.nodeid)
+
+
+@pytest.fixture
+def facts(_evidence: HostEvidence, _saw: Seen) -> dict[str, Any]:
     """What the host said of itself: one login, one exec."""
-    return _evidence.facts
+    found = _evidence.facts
+    return {**found, "sections": Watched(found["sections"], _saw)}
 
 
-@pytest.fixture(scope="session")
-def exposure(_evidence: HostEvidence) -> list[dict[str, Any]]:
-    """Port 22 as seen from every vantage."""
-    return _evidence.exposure
+@pytest.fixture
+def exposure(_evidence: HostEvidence, _saw: Seen) -> list[dict[str, Any]]:
+    """Port 22, and some ports that should be closed, as seen from every vantage."""
+    cells: list[dict[str, Any]] = _saw.note("TCP connects from every vantage", _evidence.exposure)
+    return cells
 
 
-@pytest.fixture(scope="session")
-def probe(_evidence: HostEvidence) -> Callable[[str, str, int], dict[str, Any]]:
+@pytest.fixture
+def probe(_evidence: HostEvidence, _saw: Seen) -> Callable[[str, str, int], dict[str, Any]]:
     """``probe(vantage, address, port)``: one TCP probe."""
-    return _evidence.probe
+
+    def look(vantage: str, address: str, port: int) -> dict[str, Any]:
+        found: dict[str, Any] = _saw.note(
+            f"TCP connect from {vantage} to {address}:{port}", _evidence.probe(vantage, address, port)
+        )
+        return found
+
+    return look
 
 
-@pytest.fixture(scope="session")
-def attempt(_evidence: HostEvidence) -> Callable[[str, str], dict[str, Any]]:
+@pytest.fixture
+def attempt(_evidence: HostEvidence, _saw: Seen) -> Callable[[str, str], dict[str, Any]]:
     """``attempt(user, method)``: a login that should be refused, made once a run."""
-    return _evidence.attempt
+
+    def login(user: str, method: str) -> dict[str, Any]:
+        found: dict[str, Any] = _saw.note(f"ssh as {user}, offering {method}", _evidence.attempt(user, method))
+        return found
+
+    return login
+
+
+@pytest.fixture
+def cloud(expected: dict[str, Any], _saw: Seen) -> dict[str, Any] | None:
+    """What the Hetzner API shows of the server and its firewalls; None when it could not be asked."""
+    found: dict[str, Any] | None = _saw.note("GET server and firewalls", expected["cloud"])
+    return found
+
+
+@pytest.fixture
+def repository(request: pytest.FixtureRequest, expected: dict[str, Any]) -> dict[str, Any]:
+    """What the doctor says of the repository and the operator's machine: ``{problem, findings}``."""
+    return dict(expected.get("repository") or _verification(request).repository())
 
 
 @pytest.fixture(scope="session")

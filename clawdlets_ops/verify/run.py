@@ -1,6 +1,7 @@
-"""Runs the shipped suite against one host in a pytest of its own, and reports.
+"""Runs the shipped suite against hosts, all in one pytest of its own, and reports on each.
 
-Needs the project's runner and a report folder; the suite itself gets nothing but the expectation document.
+Needs the project's runner and a report folder for each host; the suite itself gets nothing but the expectation documents,
+and what the doctor says of the repository, which it says while the hosts are being asked.
 """
 
 from __future__ import annotations
@@ -9,24 +10,24 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from clawdlets_ops.errors import CommandTimeout, ToolMissingError, VerifyError
+from clawdlets_ops.errors import CommandTimeout, VerifyError
 from clawdlets_ops.files import ensure_dir, write_atomic
 from clawdlets_ops.finding import Finding, State, exit_code
-from clawdlets_ops.layout import RUNTIME_DIR
 from clawdlets_ops.process import Command, Runner
 from clawdlets_ops.project import Project
 from clawdlets_ops.verify import report as report_text
 
 SUITE = "clawdlets_ops.verify.suite"
 SUITE_TIMEOUT_S = 300.0
-GIT_TIMEOUT_S = 30.0
-# One path of each kind that the runtime dir holds.
-RUNTIME_SAMPLES = ("x", "keys/operators/x.agekey", "extra-files/h/x", "infra/opentofu/h/x")
+PARALLEL = 16
+
+Diagnose = Callable[[], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -49,112 +50,122 @@ def verify_host(
     runner: Runner,
     report_dir: Path,
     only: Sequence[str] = (),
+    diagnose: Diagnose | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Report:
-    """Judge ``host`` by ``expectation`` and write the report into ``report_dir`` (0700, its files 0600).
+    """Judge one host by ``expectation``: ``verify_hosts`` of one, with everything in ``report_dir``."""
+    return verify_hosts(
+        project,
+        {host: (expectation, report_dir)},
+        runner=runner,
+        folder=report_dir,
+        only=only,
+        diagnose=diagnose,
+        now=now,
+    )[host]
 
-    ``only`` names the checks to make; none means all. VerifyError when the suite could not be run at all; a host that
-    cannot be reached is a report full of unknowns.
+
+def verify_hosts(
+    project: Project,
+    subjects: Mapping[str, tuple[Mapping[str, Any], Path]],
+    *,
+    runner: Runner,
+    folder: Path,
+    only: Sequence[str] = (),
+    parallel: int = PARALLEL,
+    diagnose: Diagnose | None = None,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> dict[str, Report]:
+    """Judge each host by its expectation and write its report into its folder (0700, files 0600); ``folder`` takes what is
+    of the whole run.
+
+    ``only`` names the checks to make; none means all. ``diagnose`` says what the doctor says of the repository, in the shape
+    of ``suite.test_repository``. VerifyError when the suite could not be run at all; a host that cannot be reached is a
+    report full of unknowns.
     """
     started, at = time.monotonic(), now()
-    ensure_dir(report_dir)
-    expected = {**expectation, "asOf": at.isoformat(), "git": git_evidence(project.layout.root, runner=runner)}
-    findings_file = report_dir / "findings.json"
-    findings_file.unlink(missing_ok=True)
-    write_atomic(report_dir / "expectation.json", json.dumps(expected, indent=2) + "\n")
-    status = _run_suite(project, runner, report_dir, findings_file, host, only)
-    found = _read_findings(findings_file, host, report_dir)
-    findings = tuple(_finding(entry) for entry in found["findings"])
-    code = exit_code(findings)
-    if status != code:
-        raise VerifyError(
-            f"the suite ended with status {status}, its findings say {code}",
-            where=host,
-            fix=f"see {report_dir / 'pytest.log'}",
+    ensure_dir(folder)
+    documents = {}
+    for host, (expectation, report_dir) in subjects.items():
+        ensure_dir(report_dir)
+        documents[host] = {**expectation, "asOf": at.isoformat()}
+        write_atomic(report_dir / "expectation.json", json.dumps(documents[host], indent=2) + "\n")
+    findings_file, repository_file = folder / "findings.json", folder / "repository.json"
+    for left in (findings_file, repository_file):
+        left.unlink(missing_ok=True)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        said = pool.submit(_diagnosed, diagnose, repository_file) if diagnose else None
+        words = [
+            word for _, report_dir in subjects.values() for word in ("--expectation", report_dir / "expectation.json")
+        ]
+        words += ["--repository", repository_file] if diagnose else []
+        words += [word for ident in only for word in ("--only", ident)]
+        status = _run_suite(
+            project, runner, folder, findings_file, tuple(subjects), [*words, "--parallel", str(parallel)]
         )
+        repository = said.result() if said else None
+    found = _read_findings(findings_file, ", ".join(subjects), folder)
+    codes = exit_code(_finding(entry) for entry in found["findings"])
+    if status != codes:
+        raise VerifyError(
+            f"the suite ended with status {status}, its findings say {codes}",
+            where=", ".join(subjects),
+            fix=f"see {folder / 'pytest.log'}",
+        )
+    reports = {}
+    for host, (_, report_dir) in subjects.items():
+        document = {**documents[host], "repository": repository}
+        write_atomic(report_dir / "expectation.json", json.dumps(document, indent=2) + "\n")
+        reports[host] = _report(host, document, found, report_dir, at=at, duration_s=time.monotonic() - started)
+    return reports
+
+
+def _report(
+    host: str, expected: Mapping[str, Any], found: Mapping[str, Any], folder: Path, *, at: datetime, duration_s: float
+) -> Report:
+    mine = [entry for entry in found["findings"] if entry["host"] in (host, "")]
+    findings = tuple(_finding(entry) for entry in mine)
+    code = exit_code(findings)
     evidence = found["evidence"].get(host, {"sha256": "", "facts": ""})
-    write_atomic(report_dir / "facts.txt", evidence["facts"])
-    duration_s = time.monotonic() - started
+    write_atomic(folder / "facts.txt", evidence["facts"])
     document = report_text.document(
         expected=expected,
-        findings=found["findings"],
-        exposure=found["exposure"].get(host, []),
+        findings=mine,
+        exposure=[cell for cell in found["exposure"].get(host, []) if cell["port"] == expected["ssh"]["port"]],
         evidence_sha256=evidence["sha256"],
         at=at,
         duration_s=duration_s,
         exit_code=code,
     )
-    write_atomic(report_dir / "report.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(report_dir / "report.html", report_text.page(document))
+    write_atomic(folder / "report.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(folder / "report.html", report_text.page(document))
     return Report(
         findings=findings,
         exit_code=code,
-        report_html=report_dir / "report.html",
-        report_json=report_dir / "report.json",
+        report_html=folder / "report.html",
+        report_json=folder / "report.json",
         duration_s=duration_s,
         summary=document["summary"],
     )
 
 
-def git_evidence(root: Path, *, runner: Runner) -> dict[str, Any]:
-    """Which rule ignores the runtime dir: ``{checkout, problem, paths: [{path, source, pattern, tracked}]}``.
-
-    ``problem`` is why git could not say, else None; ``source`` is empty for a path that no rule matches.
-    """
-    paths = [f"{RUNTIME_DIR}/{sample}" for sample in RUNTIME_SAMPLES]
-    if not any((folder / ".git").exists() for folder in (root, *root.parents)):
-        return {"checkout": False, "problem": None, "paths": []}
+def _diagnosed(diagnose: Diagnose, target: Path) -> Mapping[str, Any]:
+    """What the doctor says, left for the suite, which waits for it: also when the doctor breaks."""
     try:
-        asked = runner.run(
-            _git(
-                root,
-                "ask which rule ignores the runtime dir",
-                "check-ignore",
-                "-v",
-                "-z",
-                "--no-index",
-                "--non-matching",
-                "--stdin",
-                stdin="".join(f"{path}\0" for path in paths),
-            )
-        )
-        # Status 1: none is ignored.
-        if asked.exit_code not in (0, 1):
-            return {"checkout": True, "problem": f"git could not say: {asked.tail()}", "paths": []}
-        fields = asked.stdout.split("\0")
-        entries = [
-            {"source": fields[at], "pattern": fields[at + 2], "path": fields[at + 3]}
-            for at in range(0, len(fields) - 3, 4)
-        ]
-        # The source is named from the top of the checkout, which may be above the project.
-        tracked = {
-            source: runner.run(
-                _git(
-                    root,
-                    "ask whether the rule is tracked",
-                    "ls-files",
-                    "--error-unmatch",
-                    "--",
-                    f":(top,literal){source}",
-                )
-            ).ok
-            for source in {entry["source"] for entry in entries if entry["source"]}
-        }
-    except (ToolMissingError, CommandTimeout) as error:
-        return {"checkout": True, "problem": error.what, "paths": []}
-    return {
-        "checkout": True,
-        "problem": None,
-        "paths": [{**entry, "tracked": tracked.get(entry["source"], False)} for entry in entries],
-    }
-
-
-def _git(root: Path, why: str, *words: str, stdin: str | None = None) -> Command:
-    return Command(["git", "-C", root, *words], why, timeout_s=GIT_TIMEOUT_S, stdin=stdin)
+        said = diagnose()
+    except Exception as error:  # whatever it was: the suite must not wait for ever, and nothing was seen
+        said = {"problem": f"the doctor broke: {type(error).__name__}", "findings": []}
+    write_atomic(target, json.dumps(said) + "\n")
+    return said
 
 
 def _run_suite(
-    project: Project, runner: Runner, report_dir: Path, findings_file: Path, host: str, only: Sequence[str]
+    project: Project,
+    runner: Runner,
+    folder: Path,
+    findings_file: Path,
+    hosts: Sequence[str],
+    words: Sequence[str | Path],
 ) -> int:
     """Run pytest and return its exit status; what it says goes to ``pytest.log``."""
     package_root = Path(__file__).resolve().parents[2]
@@ -163,33 +174,32 @@ def _run_suite(
             # -P: what lies in the working folder is not to be imported
             *(sys.executable, "-P", "-m", "pytest", "--pyargs", SUITE),
             *("-p", "clawdlets_ops.verify.plugin", "-p", "no:cacheprovider"),
-            *("-c", "/dev/null", "--rootdir", report_dir, "-q", "--tb=line", "-ra"),
-            *("--expectation", report_dir / "expectation.json", "--findings", findings_file),
-            *("--junitxml", report_dir / "junit.xml"),
+            *("-c", "/dev/null", "--rootdir", folder, "-q", "--tb=line", "-ra"),
+            *("--findings", findings_file),
             *("--search-path", project.environ.get("PATH", "")),
-            *(word for ident in only for word in ("--only", ident)),
+            *words,
         ],
-        f"verify {host}",
+        f"verify {', '.join(hosts)}",
         env={"PYTHONPATH": str(package_root), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        cwd=report_dir,
+        cwd=folder,
         timeout_s=SUITE_TIMEOUT_S,
-        log_file=report_dir / "pytest.log",
+        log_file=folder / "pytest.log",
     )
     try:
         return runner.run(command).exit_code
     except CommandTimeout as error:
         raise VerifyError(
             f"the suite did not end within {SUITE_TIMEOUT_S:g} s",
-            where=host,
-            fix=f"see {report_dir / 'pytest.log'}; a vantage or the host hangs",
+            where=", ".join(hosts),
+            fix=f"see {folder / 'pytest.log'}; a vantage or the host hangs",
         ) from error
 
 
-def _read_findings(path: Path, host: str, report_dir: Path) -> dict[str, Any]:
+def _read_findings(path: Path, host: str, folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        log = report_dir / "pytest.log"
+        log = folder / "pytest.log"
         raise VerifyError("the suite left no findings", where=host, fix=f"see {log}") from error
     return found
 

@@ -34,4 +34,5 @@ def sign(path: Path, identity: Path, *, runner: Runner) -> tuple[Path | None, st
             None,
             f"ssh-keygen could not sign with {identity}: {(done.tail() or f'status {done.exit_code}').splitlines()[-1]}",
         )
+    signature.chmod(0o600)
     return signature, ""

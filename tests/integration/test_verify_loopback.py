@@ -21,15 +21,18 @@ from typing import Any
 import pytest
 from tenacity import Retrying, stop_after_delay, wait_fixed
 
+from clawdlets_ops.doctor.ignored import git_evidence
 from clawdlets_ops.fleet import load_fleet
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, Vantage
+from clawdlets_ops.verify import evidence as evidence_module
 from clawdlets_ops.verify.catalogue import catalogue
 from clawdlets_ops.verify.evidence import HostEvidence
 from clawdlets_ops.verify.expectation import build_expectation
 from clawdlets_ops.verify.exposure import measure_exposure, probe_from
-from clawdlets_ops.verify.run import git_evidence, verify_host
+from clawdlets_ops.verify.run import verify_host
+from clawdlets_ops.verify.suite.reading import Unknown, section
 
 pytestmark = pytest.mark.integration
 
@@ -232,7 +235,7 @@ def test_the_whole_run_writes_a_report_and_never_passes_this_machine(
     assert states["EXP-01"] == states["EXP-04"] == "unknown"
     if pinned == "right":
         assert states["SSH-03"] == states["SSH-04"] == "pass"
-        assert door.logins() == 1
+        assert door.logins() == 2  # our own, and root's with a good key, which SSH-05 tries
         assert states["SSH-05"] == "fail"
     else:
         assert door.logins() == 0
@@ -240,6 +243,46 @@ def test_the_whole_run_writes_a_report_and_never_passes_this_machine(
     assert "alpha" in report.report_html.read_text()
     assert json.loads(report.report_json.read_text())["exitCode"] == 1
     wait_until_gone(str(tmp_path / "report"))
+
+
+# --- a host whose answer cannot be used ---
+
+REAL = "{real}"
+LIES = {
+    "nothing": ("exit 0", "no section"),
+    "binary": ("head -c 70000 /dev/urandom", "no section"),
+    "no nonce": (f"{REAL} $1 | sed 's/^=== [0-9a-f]* /=== /'", "no section"),
+    "another host's nonce": (f"{REAL} {'a' * 32}", "no section"),
+    "the nonce and no frame": ("while :; do echo $1 begin users; done | head -n 5000", "no section"),
+    "truncated": (f"{REAL} $1 | head -n 4", "no section"),
+    "huge": ("head -c 9000000 /dev/zero | tr '\\0' x", "longer than"),
+    "a status": ("echo no such thing >&2; exit 3", "ended with status 3"),
+    "goes away in the middle": (f"{REAL} $1 | head -n 4; kill -9 $SSHD_CHILD", "no session"),
+    "never ends": ("exec sleep 600", "did not end its answer"),
+}
+
+
+@needs_root
+@needs_sshd
+@pytest.mark.parametrize("lie", LIES)
+def test_an_answer_that_cannot_be_used_lets_nothing_pass(
+    door: Door, root: Path, tmp_path: Path, lie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, says = LIES[lie]
+    program = tmp_path / "facts"
+    # The shell's forefathers are sudo and the session's own sshd, which is killed where the host goes away.
+    find = 'SSHD_CHILD=$PPID; until grep -q "^Name:.sshd" /proc/$SSHD_CHILD/status; do SSHD_CHILD=$(awk "/^PPid/ {print \\$2}" /proc/$SSHD_CHILD/status); done'
+    program.write_text(f"#!/bin/sh\n{find}\n{words.replace(REAL, f'sh {root / PROFILE}/clawdlets-facts')}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(evidence_module, "FACTS_TIMEOUT_S", 4.0 if lie == "never ends" else 120.0)
+    evidence = HostEvidence({**expectation_for(door, root), "factsProgram": str(program)}, runner=RUNNER)
+    try:
+        facts = evidence.facts
+        for name in ("users", "nft", "isolation", "store"):
+            with pytest.raises(Unknown, match=says):
+                section(facts, name)
+    finally:
+        evidence.close()
 
 
 # --- probes ---

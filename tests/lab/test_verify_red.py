@@ -6,41 +6,163 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any, cast
 
-import hcloud
 import pytest
 from hcloud.firewalls import FirewallRule
+from hcloud.networks import NetworkSubnet
 
-from clawdlets_ops import workflow
-from clawdlets_ops.lab import control
-from clawdlets_ops.layout import Layout
-from clawdlets_ops.process import LocalRunner
-from clawdlets_ops.project import load_project
-from clawdlets_ops.verify import catalogue, fleet
+from clawdlets_ops.hetzner import Cloud, Server
+from clawdlets_ops.verify import catalogue
+from tests.guard_corpus import Maker
 from tests.lab.conftest import LabProject, stay_logged_in
+from tests.lab.red import RESTART, SSHD, Bench, Seed, other_rules
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
-SSHD = "/etc/ssh/sshd_config"
-RESTART = "systemctl reset-failed ssh; systemctl restart ssh"
 UNDO_SSHD = f"cp -p /run/kept-sshd {SSHD} && {RESTART}"
 UNDO_NFT = "clawdlets-exposure restore"
 UNDO_EGRESS = "systemctl reload clawdlets-egress"
 ENCRYPTED = "/var/lib/clawdlets/secrets/hosts"
+TOKEN = "$(readlink -f /run/secrets)/discord_token"
+WORLD = ["0.0.0.0/0", "::/0"]
+SSH_FOR_ALL = FirewallRule(direction="in", protocol="tcp", port="22", source_ips=WORLD)
 
 
-@dataclass(frozen=True)
-class Seed:
-    """``checks`` are the ids that turn red; ``do`` and ``undo`` are shell, run as root on the host."""
+def in_repository(
+    name: str, content: str, *, mode: int = 0o644, add: bool = False
+) -> Callable[[Bench], AbstractContextManager[None]]:
+    """Another content of a file of the operator's, or a new file, and what was there afterwards."""
 
-    what: str
-    checks: str
-    do: str
-    undo: str
+    @contextmanager
+    def around(bench: Bench) -> Iterator[None]:
+        path = bench.lab.root / name
+        kept = path.read_bytes() if path.exists() else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+        path.chmod(mode)
+        git = ["git", "-C", str(bench.lab.root)]
+        try:
+            if add:
+                subprocess.run([*git, "add", "-f", name], check=True)
+            yield
+        finally:
+            if add:
+                subprocess.run([*git, "reset", "-q", "--", name], check=True)
+            path.unlink()
+            if kept is not None:
+                path.write_bytes(kept)
 
+    return around
+
+
+@contextmanager
+def stale_session(bench: Bench) -> Iterator[None]:
+    """Somebody came in while the host was open, and stays when it is closed again."""
+    server = bench.tools.cloud.server(bench.name)
+    assert server is not None
+    with other_rules(SSH_FOR_ALL)(bench):
+        bench.sh("nft add rule inet clawdlets input tcp dport 22 accept")
+        try:
+            stale = stay_logged_in(bench.project, bench.name, server.addresses[4])
+        finally:
+            bench.sh(UNDO_NFT)
+    try:
+        yield
+    finally:
+        stale.kill()
+        stale.communicate()
+        deadline = time.monotonic() + 30
+        while "198.1" in bench.sh("ss -Htn state established '( sport = :22 )'") and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+@contextmanager
+def open_on_both_sides(bench: Bench) -> Iterator[None]:
+    with other_rules(SSH_FOR_ALL)(bench):
+        bench.sh("nft add rule inet clawdlets input tcp dport 22 accept")
+        try:
+            yield
+        finally:
+            bench.sh(UNDO_NFT)
+
+
+@contextmanager
+def open_to_ipv6(bench: Bench) -> Iterator[None]:
+    with other_rules(FirewallRule(direction="in", protocol="tcp", port="22", source_ips=["::/0"]))(bench):
+        bench.sh("nft add rule inet clawdlets input meta nfproto ipv6 tcp dport 22 accept")
+        try:
+            yield
+        finally:
+            bench.sh(UNDO_NFT)
+
+
+@contextmanager
+def hidden_door(bench: Bench) -> Iterator[None]:
+    """A server on a port that is open everywhere, on a host that says neither that it listens nor that it lets anybody in."""
+    with other_rules(FirewallRule(direction="in", protocol="tcp", port="8080", source_ips=WORLD))(bench):
+        bench.sh(
+            "nft -j list ruleset >/run/ruleset.json; nft add rule inet clawdlets input tcp dport 8080 accept; "
+            'systemd-run -q --unit=door python3 -c \'import socket as s, time as t; x = s.create_server(("::", 8080), '
+            "family=s.AF_INET6, dualstack_ipv6=True); t.sleep(900)'; until ss -Hltn | grep -q :8080; do :; done; "
+            "printf '#!/bin/sh\\n/usr/bin/ss \"$@\" | grep -v :8080\\n' >/run/ss; "
+            'printf \'#!/bin/sh\\n[ "$*" != "-j list ruleset" ] || exec cat /run/ruleset.json\\nexec /usr/sbin/nft "$@"\\n\' >/run/nft; '
+            f"({LIE.format('ss')}); ({LIE.format('nft')})"
+        )
+        try:
+            yield
+        finally:
+            bench.sh(f"({TRUTH.format('ss')}); ({TRUTH.format('nft')}); systemctl stop door; {UNDO_NFT}")
+
+
+@contextmanager
+def in_private_network(bench: Bench) -> Iterator[None]:
+    client = bench.client()
+    network = client.networks.create("canary", "10.0.0.0/16")
+    network.add_subnet(
+        NetworkSubnet(ip_range="10.0.1.0/24", type="cloud", network_zone="eu-central")
+    ).wait_until_finished()
+    server = client.servers.get_by_name(bench.name)
+    assert server is not None
+    server.attach_to_network(network).wait_until_finished()
+    try:
+        yield
+    finally:
+        server.detach_from_network(network).wait_until_finished()
+        network.delete()
+
+
+class Pending:
+    """The real API, but for one word on the way: no firewall of any server is applied yet."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        self._cloud = cloud
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cloud, name)
+
+    def server(self, name: str) -> Server | None:
+        found = self._cloud.server(name)
+        return found and replace(found, firewalls=dict.fromkeys(found.firewalls, "pending"))
+
+
+@contextmanager
+def never_applied(bench: Bench) -> Iterator[None]:
+    kept = bench.tools
+    bench.tools = replace(kept, cloud=cast("Cloud", Pending(kept.cloud)))
+    try:
+        yield
+    finally:
+        bench.tools = kept
+
+
+# A program that lies lies in /run, and is put before the real one; what was there is put back.
+LIE = "chmod +x /run/{0}; cd /run/current-system/sw/bin; if [ -e {0} ]; then mv {0} {0}.kept; fi; mv /run/{0} {0}"
+TRUTH = "cd /run/current-system/sw/bin; rm {0}; if [ -e {0}.kept ]; then mv {0}.kept {0}; fi"
+KEY_RUNS_OUT = f"""printf '#!/bin/sh\\necho "\\\\"BackendState\\\\": \\\\"Running\\\\", \\\\"RunSSH\\\\": false, \\\\"KeyExpiry\\\\": \\\\"%s\\\\""\\n' "$(date -u -d '+5 days' +%FT%TZ)" >/run/tailscale; {LIE.format("tailscale")}"""
 
 SEEDS = [
     Seed("a Match block for one address", "SSH-01", f"printf 'Match User root Address 127.0.0.1\\n  PasswordAuthentication yes\\n' >>{SSHD}; {RESTART}", UNDO_SSHD),
@@ -66,122 +188,48 @@ SEEDS = [
     Seed("an old generation", "FS-03", "mkdir /run/secrets.d/77", "rmdir /run/secrets.d/77"),
     Seed("a secret that belongs to another bot", "FS-03 FS-04", "useradd -r bot-eve; chown bot-eve $(readlink -f /run/secrets)/discord_token", "chown bot-maren $(readlink -f /run/secrets)/discord_token; userdel bot-eve"),
     Seed("a secret from the store", "STO-04", "cp -p /var/lib/clawdlets/secrets-wiring.json /run/kept-wiring; sed -i '0,/\"sopsFile\"/s|\\(\"sopsFile\"[^\"]*\"\\)[^\"]*|\\1/nix/store/x.yaml|' /var/lib/clawdlets/secrets-wiring.json", "cp -p /run/kept-wiring /var/lib/clawdlets/secrets-wiring.json"),
+    Seed("a range of ports at the edge", "EXP-01", around=other_rules(FirewallRule(direction="in", protocol="tcp", port="20-30", source_ips=WORLD))),
+    Seed("no direct way for the tailnet", "UDP-01", around=other_rules(without_udp=True)),
+    Seed("open at the edge and on the host", "EXP-01 EXP-03 EXP-04 EXP-05", around=open_on_both_sides),
+    Seed("an edge that is never applied", "EXP-02", around=never_applied),
+    Seed("a tailnet that is half shut", "TS-01", "nft insert rule inet clawdlets input iifname tailscale0 ip6 saddr fd7a:115c:a1e0::/48 tcp dport 22 drop", UNDO_NFT),
+    Seed("a node whose key runs out in five days", "TS-03", KEY_RUNS_OUT, TRUTH.format("tailscale")),
+    Seed("a secret in the store", "STO-01", f"mkdir -p /nix/store/abc-app/etc; cp {TOKEN} /nix/store/abc-app/etc/app.conf", "rm -r /nix/store/abc-app"),
+    Seed("a secret in the store as base64", "STO-01", f"mkdir -p /nix/store/abc-app; tr -d '\\n' <{TOKEN} | base64 -w 0 >/nix/store/abc-app/x.json", "rm -r /nix/store/abc-app"),
+    Seed("a secret in a derivation", "STO-03", f"(printf 'Derive(TOKEN='; cat {TOKEN}) >/nix/store/abc-app.drv", "rm /nix/store/abc-app.drv"),
+    Seed("a secret in a unit", "STO-06", f"printf '[Service]\\nType=oneshot\\nRemainAfterExit=yes\\nExecStart=/bin/true\\nEnvironment=TOKEN=%s\\n' \"$(cat {TOKEN})\" >/run/systemd/system/leaky.service; systemctl daemon-reload; systemctl start leaky", "systemctl stop leaky; rm /run/systemd/system/leaky.service; systemctl daemon-reload"),
+    Seed("a core dump", "FS-05", "mkdir -p /var/lib/systemd/coredump; : >/var/lib/systemd/coredump/core.bot.1", "rm -r /var/lib/systemd/coredump"),
+    Seed("a process that may dump its memory", "FS-05", "systemd-run -q --unit=dumper -p LimitCORE=infinity -p User=bot-maren sleep 900", "systemctl stop dumper"),
+    Seed("a clock an hour ahead", "CLK-01", f"""printf '#!/bin/sh\\n[ "$*" != +%%s ] || exec /bin/date -d "+1 hour" +%%s\\nexec /bin/date "$@"\\n' >/run/date; {LIE.format("date")}""", TRUTH.format("date")),
+    Seed("a private network", "EXP-09", around=in_private_network),
+    Seed("an open port that the host hides", "EXP-11", around=hidden_door),
+    Seed("IPv6 forgotten on both sides", "EXP-01 EXP-03 EXP-05", around=open_to_ipv6),
+    Seed("a second SSH server on another port", "SSH-07", "systemd-run -q --unit=door /usr/sbin/sshd -D -p 2222; until ss -Hltn | grep -q :2222; do :; done", "systemctl stop door"),
+    Seed("keys in an odd place", "SSH-06", f"mkdir -p /var/lib/odd; ssh-keygen -q -t ed25519 -N '' -f /run/eve; cp /run/eve.pub /var/lib/odd/admin; sed -i 's|^AuthorizedKeysFile.*|& /var/lib/odd/%u|' {SSHD}; grep -q /var/lib/odd {SSHD}; {RESTART}", f"{UNDO_SSHD}; rm -rf /var/lib/odd /run/eve /run/eve.pub"),
+    Seed("a session from before", "EXP-07", around=stale_session),
+    Seed("a repository that forgets", "GIT-01", around=in_repository(".gitignore", "/.clawdlets/[!x]*\n/.cache\n__pycache__/\n")),
+    Seed("a token in the work tree", "GIT-03", around=in_repository("notes.txt", f"key = {Maker().tailscale()}\n")),
+    Seed("a file of the runtime dir in git", "GIT-02", around=in_repository(".clawdlets/note", "nothing\n", mode=0o600, add=True)),
+    Seed("a run's record for all to read", "RTD-01", around=in_repository(".clawdlets/note", "nothing\n")),
+    Seed("a merge without a look", "SUP-03", around=in_repository(".github/workflows/x.yml", "jobs:\n  a:\n    steps:\n      - run: gh pr merge --auto 7\n", add=True), unknown=""),
 ]  # fmt: skip
 
 
-class Host:
-    """The project's one host, bootstrapped, with ways to break it and to judge it."""
-
-    def __init__(self, lab: LabProject) -> None:
-        self.lab = lab
-        self.project = load_project(lab.root, lab.env())
-        self.tools = workflow.tools_for(self.project)
-        self.runner = LocalRunner(self.project.environ)
-
-    def sh(self, script: str) -> str:
-        """Run as root on the host, past its network."""
-        leader = control.status(Layout(self.project.layout.root)).servers[0].leader_pid
-        argv = [
-            "nsenter",
-            "-t",
-            str(leader),
-            "-a",
-            "env",
-            "PATH=/run/current-system/sw/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        ]
-        done = subprocess.run([*argv, "sh", "-euc", script], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, f"{script}: {done.stderr}"
-        return done.stdout
-
-    def judge(self) -> dict[str, str]:
-        """check → what was seen, of everything that did not pass."""
-        made = fleet.verify_fleet(self.project, ("alpha",), runner=self.runner, cloud=self.tools.cloud)
-        return {
-            one["check"]: f"{one['state']}: {one['observed']}"
-            for one in made.document["findings"]
-            if one["state"] in ("fail", "unknown")
-        }
-
-    @contextmanager
-    def edge(self, *more: FirewallRule, without_udp: bool = False) -> Iterator[None]:
-        """Other rules at the edge, set behind everybody's back, and the old ones afterwards."""
-        client = hcloud.Client(
-            token=self.project.token.reveal(), api_endpoint=self.project.hcloud_endpoint, timeout=10, poll_interval=0.05
-        )
-        bound = client.firewalls.get_by_name("alpha-edge")
-        assert bound is not None
-        kept = list(bound.rules or [])
-        self._set(bound, [rule for rule in kept if not (without_udp and rule.protocol == "udp")] + list(more))
-        try:
-            yield
-        finally:
-            self._set(bound, kept)
-
-    def _set(self, bound: hcloud.firewalls.BoundFirewall, rules: list[FirewallRule]) -> None:
-        for action in bound.set_rules(rules):
-            action.wait_until_finished()
-
-
 @pytest.fixture(scope="module")
-def host(project: LabProject) -> Host:
+def host(project: LabProject) -> Bench:
     project.bootstrap()
-    made = Host(project)
+    made = Bench(project)
     made.sh(f"cp -p {SSHD} /run/kept-sshd")
     return made
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, id=seed.what.replace(" ", "-")) for seed in SEEDS])
-def test_a_seeded_fault_turns_exactly_its_checks_red(host: Host, seed: Seed) -> None:
-    host.sh(seed.do)
-    try:
-        found = host.judge()
-    finally:
-        host.sh(seed.undo)
-    assert {check for check, text in found.items() if text.startswith("fail")} == set(seed.checks.split()), found
-    assert not [text for text in found.values() if text.startswith("unknown")], found
+@pytest.mark.parametrize("seed", SEEDS, ids=str)
+def test_a_seeded_fault_turns_exactly_its_checks_red(host: Bench, seed: Seed) -> None:
+    host.proves(seed)
 
 
-def test_faults_at_the_edge(host: Host) -> None:
-    everywhere = FirewallRule(direction="in", protocol="tcp", port="20-30", source_ips=["0.0.0.0/0", "::/0"])
-    with host.edge(everywhere):
-        assert host.judge().keys() == {"EXP-01"}  # the host's own firewall still holds
-    with host.edge(without_udp=True):
-        assert host.judge().keys() == {"UDP-01"}
-
-
-def test_open_on_both_sides_is_seen_from_outside_and_a_session_that_stays_is_seen_afterwards(host: Host) -> None:
-    everywhere = FirewallRule(direction="in", protocol="tcp", port="22", source_ips=["0.0.0.0/0", "::/0"])
-    server = host.tools.cloud.server("alpha")
-    assert server is not None
-    with host.edge(everywhere):
-        host.sh("nft add rule inet clawdlets input tcp dport 22 accept")
-        try:
-            assert {"EXP-01", "EXP-03", "EXP-04", "EXP-05"} <= host.judge().keys()
-            stale = stay_logged_in(host.project, "alpha", server.addresses[4])
-        finally:
-            host.sh(UNDO_NFT)
-    try:
-        assert host.judge().keys() == {"EXP-07"}
-    finally:
-        stale.kill()
-        stale.communicate()
-    deadline = time.monotonic() + 30
-    while "198.1" in host.sh("ss -Htn state established '( sport = :22 )'") and time.monotonic() < deadline:
-        time.sleep(0.2)
-
-
-def test_a_repository_that_forgets_the_runtime_dir(host: Host) -> None:
-    ignore = host.lab.root / ".gitignore"
-    kept = ignore.read_text()
-    try:
-        ignore.write_text("")
-        assert host.judge().keys() == {"GIT-01"}
-    finally:
-        ignore.write_text(kept)
-
-
-def test_all_is_mended_and_every_check_was_made(host: Host) -> None:
-    made = fleet.verify_fleet(host.project, ("alpha",), runner=host.runner, cloud=host.tools.cloud)
+def test_all_is_mended_and_every_check_was_made(host: Bench) -> None:
+    made = host.report()
     states = {one["check"]: one["state"] for one in made.document["findings"]}
     assert states.keys() == {check.id for check in catalogue.catalogue()}
     assert set(states.values()) <= {"pass", "not-applicable"}, made.document["summary"]

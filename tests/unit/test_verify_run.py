@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from clawdlets_ops.doctor.ignored import git_evidence
 from clawdlets_ops.errors import CommandTimeout, VerifyError
 from clawdlets_ops.finding import State
 from clawdlets_ops.fleet import load_fleet, parse_fleet
@@ -21,7 +22,7 @@ from clawdlets_ops.testing import FakeRunner
 from clawdlets_ops.verify.evidence import read_attempt
 from clawdlets_ops.verify.expectation import build_expectation, fingerprint
 from clawdlets_ops.verify.report import document, page, summary
-from clawdlets_ops.verify.run import git_evidence, verify_host
+from clawdlets_ops.verify.run import verify_host
 from clawdlets_ops.verify.ssh_config import control_path, known_hosts, ssh_config
 
 PIN = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE1vY2tIb3N0S2V5Rm9yVGVzdHNPbmx5MDAwMDAwMDAw root@alpha"
@@ -265,11 +266,7 @@ def test_a_run_leaves_a_private_report(root: Path, tmp_path: Path) -> None:
     assert json.loads(report.report_json.read_text())["summary"] == "1 passed, 1 unknown"
     assert "1 unknown" in report.report_html.read_text()
     assert (folder / "facts.txt").read_text() == "=== facts"
-    assert json.loads((folder / "expectation.json").read_text())["git"] == {
-        "checkout": False,
-        "problem": None,
-        "paths": [],
-    }
+    assert json.loads((folder / "expectation.json").read_text())["repository"] is None
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     for name in ("expectation.json", "report.html", "report.json", "facts.txt"):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600

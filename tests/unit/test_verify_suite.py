@@ -14,7 +14,7 @@ import pytest
 from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.project import Vantage
 from clawdlets_ops.tailnet import Peer
-from clawdlets_ops.verify.expectation import build_expectation, fingerprint
+from clawdlets_ops.verify.expectation import OFTEN_OPEN, build_expectation, fingerprint
 from clawdlets_ops.verify.suite.reading import Fault, NotApplicable, Unknown, parse_frames
 
 PIN = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE1vY2tIb3N0S2V5Rm9yVGVzdHNPbmx5MDAwMDAwMDAw"
@@ -45,9 +45,29 @@ SUITE = ("test_ssh", "test_exposure", "test_network", "test_files", "test_reposi
 IDS = {
     *(f"SSH-{number:02}" for number in range(1, 11)),
     *(f"EXP-0{number}" for number in range(1, 8)),
-    *("EXP-10", "TS-01", "TS-02", "TS-03", "UDP-01", "EGR-01", "EGR-02", "EGR-03", "UD-04"),
-    *("FS-01", "FS-02", "FS-03", "FS-04", "STO-04", "GIT-01"),
+    *(
+        "EXP-09",
+        "EXP-10",
+        "EXP-11",
+        "TS-01",
+        "TS-02",
+        "TS-03",
+        "UDP-01",
+        "EGR-01",
+        "EGR-02",
+        "EGR-03",
+        "UD-04",
+        "CLK-01",
+    ),
+    *("FS-01", "FS-02", "FS-03", "FS-04", "FS-05", "STO-01", "STO-03", "STO-04", "STO-06"),
 }
+REPOSITORY = {
+    *(f"GIT-0{number}" for number in range(1, 7)),
+    *(f"SOP-0{number}" for number in (1, 2, 3, 4, 5, 7)),
+    *("KEY-02", "RTD-01", "RTD-02", "RTD-03", "RTD-05", "DRF-02", "STO-05", "STO-07", "EXP-08"),
+    *("SUP-01", "SUP-02", "SUP-03", "SUP-05"),
+}
+IDS |= REPOSITORY
 AS_OF = "2026-11-22T10:00:00+00:00"
 
 SECRETS = ["admin_password_hash", "breakglass_password_hash", "discord_token", "shared", "tailscale_auth_key"]
@@ -67,7 +87,7 @@ World = dict[str, Any]
 def marker(pytestconfig: pytest.Config) -> None:
     """The suite's marker, which its own plugin registers; the suite is imported after this."""
     pytestconfig.addinivalue_line(
-        "markers", "check(id, severity, claim, fix, vantage): the entry of the check catalogue"
+        "markers", "check(id, severity, claim, expect, fix, vantage): the entry of the check catalogue"
     )
 
 
@@ -95,12 +115,11 @@ def make_expected(mode: str = "tailnet", **changes: Any) -> dict[str, Any]:
         vantages=VANTAGES,
         node=Peer("alpha", TAILNET, online=True),
         cloud={
-            "server": {"name": "alpha", "status": "running", "labels": {}},
+            "server": {"name": "alpha", "status": "running", "labels": {}, "privateAddresses": []},
             "firewalls": [{"name": "alpha-edge", "status": "applied", "rules": rules}],
         },
     )
-    ignored = {"path": ".clawdlets/x", "source": ".gitignore", "pattern": "/.clawdlets/", "tracked": True}
-    return {**expected, "asOf": AS_OF, "git": {"checkout": True, "problem": None, "paths": [ignored]}}
+    return {**expected, "asOf": AS_OF}
 
 
 def nft_rule(chain: str, *expr: Any) -> dict[str, Any]:
@@ -218,6 +237,10 @@ def good_sections(mode: str = "tailnet") -> dict[str, str]:
         "wiring": "manifest /var/lib/clawdlets/secrets-wiring.json\n"
         + "\n".join(f"sops-file {ENCRYPTED}/{name}.yaml" for name in SECRETS),
         "isolation": "\n".join(isolation),
+        "clock": "1764064801",
+        "store": "which made here\nneedles 6\npaths 12\ncontrol found",
+        "units": "units 80\ncontrol found",
+        "memory": "core bot-maren 311 0\ncore-pattern core",
         "exposure": "tailnet",
         "exposure-now": f"mode={mode} armed=no",
         "system": "running",
@@ -250,7 +273,13 @@ def good_exposure(mode: str = "tailnet") -> list[dict[str, Any]]:
                     "detail": "open" if reach == "yes" else "filtered",
                 }
             )
-    return cells
+    closed = [
+        {**cell, "port": port, "reach": "no", "detail": "filtered"}
+        for cell in cells
+        for port in OFTEN_OPEN
+        if cell["side"] == "internet"
+    ]
+    return [*cells, *closed]
 
 
 def good_attempts() -> dict[tuple[str, str], dict[str, Any]]:
@@ -275,11 +304,23 @@ def good_world(mode: str = "tailnet", **changes: Any) -> World:
             "problem": None,
             "network": "tailnet" if mode == "tailnet" else "public",
             "address": TAILNET[4],
+            "asked": {"from": 1764064800.0, "to": 1764064802.5},
             "sections": sections,
         },
         "exposure": good_exposure(mode),
         "attempts": good_attempts(),
+        "repository": {
+            "problem": None,
+            "findings": [
+                doctor_says(ident, "pass", "alpha" if ident in ("RTD-02", "EXP-08") else "")
+                for ident in sorted(REPOSITORY)
+            ],
+        },
     }
+
+
+def doctor_says(ident: str, state: str, host: str = "") -> dict[str, str]:
+    return {"check": ident, "state": state, "host": host, "observed": f"{ident} is {state}", "fix": ""}
 
 
 def run_suite(world: World) -> dict[str, tuple[str, str]]:
@@ -295,6 +336,8 @@ def run_suite(world: World) -> dict[str, tuple[str, str]]:
                 "facts": world["facts"],
                 "exposure": world["exposure"],
                 "attempt": lambda user, method: world["attempts"][user, method],
+                "repository": world["repository"],
+                "cloud": world["expected"]["cloud"],
                 "observe": seen.append,
             }
             check = next(mark for mark in function.pytestmark if mark.name == "check").kwargs["id"]
@@ -346,9 +389,10 @@ def cloud_rule(**rule: Any) -> Callable[[World], None]:
     return lambda world: world["expected"]["cloud"]["firewalls"][0]["rules"].append({"direction": "in", **rule})
 
 
-def cell(vantage: str, family: int, reach: str) -> Callable[[World], None]:
+def cell(vantage: str, family: int, reach: str, port: int = 22) -> Callable[[World], None]:
     def seed(world: World) -> None:
-        one = next(one for one in world["exposure"] if (one["vantage"], one["family"]) == (vantage, family))
+        wanted = (vantage, family, port)
+        one = next(one for one in world["exposure"] if (one["vantage"], one["family"], one["port"]) == wanted)
         one.update(reach=reach, detail="seeded")
 
     return seed
@@ -358,8 +402,8 @@ def attempted(user: str, method: str, **answer: Any) -> Callable[[World], None]:
     return lambda world: world["attempts"][user, method].update(answer)
 
 
-def git_path(**entry: Any) -> Callable[[World], None]:
-    return lambda world: world["expected"]["git"]["paths"][0].update(entry)
+def doctor(ident: str, state: str, host: str = "") -> Callable[[World], None]:
+    return lambda world: world["repository"]["findings"].append(doctor_says(ident, state, host))
 
 
 def v4_only(objects: list[dict[str, Any]]) -> None:
@@ -469,10 +513,18 @@ FAULTS: list[tuple[str, str, Callable[[World], None]]] = [
     ("FS-04", "not its owner", text_edit("isolation", f"bot-maren {NOW}/discord_token ok", f"bot-maren {NOW}/discord_token denied")),
     ("FS-04", "nobody", text_edit("isolation", f"nobody {NOW}/tailscale_auth_key denied", f"nobody {NOW}/tailscale_auth_key ok")),
     ("STO-04", "from the store", text_edit("wiring", f"sops-file {ENCRYPTED}/shared.yaml", "sops-file /nix/store/abc-shared.yaml")),
-    ("GIT-01", "not ignored", git_path(source="", pattern="")),
-    ("GIT-01", "negated", git_path(pattern="!/.clawdlets/")),
-    ("GIT-01", "own configuration", git_path(source=".git/info/exclude")),
-    ("GIT-01", "not tracked", git_path(tracked=False)),
+    ("EXP-09", "a private network", lambda world: world["expected"]["cloud"]["server"].update(privateAddresses=["10.0.0.2"])),
+    ("EXP-11", "a port that the host does not show", cell("stranger", 6, "yes", 8080)),
+    ("CLK-01", "a slow clock", text_edit("clock", "1764064801", "1764064700")),
+    ("CLK-01", "a fast clock", text_edit("clock", "1764064801", "1764068401")),
+    ("STO-01", "in an output", appended("store", "hit discord_token /nix/store/abc-app/etc/app.conf")),
+    ("STO-03", "in a derivation", appended("store", "hit discord_token /nix/store/abc-app.drv")),
+    ("STO-06", "in a unit", appended("units", "hit discord_token systemctl-show")),
+    ("FS-05", "swap", appended("memory", "swap /dev/sda2 partition")),
+    ("FS-05", "a core dump", appended("memory", "coredump /var/lib/systemd/coredump/core.bot.1.zst")),
+    ("FS-05", "a process that may", appended("memory", "core bot-maren 312 unlimited")),
+    *((ident, "the doctor", doctor(ident, "fail")) for ident in sorted(REPOSITORY)),
+    ("GIT-04", "of this host", doctor("GIT-04", "fail", "alpha")),
 ]  # fmt: skip
 
 
@@ -544,6 +596,10 @@ SECTION_READERS = {
     "isolation": {"FS-01", "FS-04"},
     "wiring": {"STO-04"},
     "os-release": {"TS-01"},
+    "clock": {"CLK-01"},
+    "store": {"STO-01", "STO-03", "STO-06"},
+    "units": {"STO-06"},
+    "memory": {"FS-05"},
 }
 FACT_READERS = set().union(*SECTION_READERS.values())
 
@@ -590,12 +646,16 @@ def test_no_facts_at_all_is_unknown_for_every_check_that_needs_them() -> None:
         ("EXP-04", cell("stranger", 4, "unknown")),
         ("EXP-05", cell("operator", 6, "unknown")),
         ("TS-01", cell("member", 4, "unknown")),
+        ("EXP-11", cell("operator", 4, "unknown", 443)),
+        ("EXP-09", lambda world: world["expected"]["cloud"]["server"].pop("privateAddresses")),
+        ("CLK-01", lambda world: world["facts"].pop("asked")),
+        ("STO-06", text_edit("units", "control found", "control missed")),
+        ("STO-06", text_edit("units", "units 80", "units 0")),
         ("SSH-03", attempted("admin", "none", methods=None, result="failed")),
         ("SSH-04", attempted("breakglass", "password", methods=None, result="failed")),
         ("SSH-05", attempted("root", "publickey", methods=None, result="failed")),
         ("SSH-09", attempted("admin", "none", presented=None)),
-        ("GIT-01", lambda world: world["expected"]["git"].update(problem="git is not on PATH")),
-        ("GIT-01", lambda world: world["expected"].pop("git")),
+        *((ident, doctor(ident, "unknown")) for ident in sorted(REPOSITORY)),
         ("SSH-07", text_edit("listen-tcp", "sshd", "systemd-x")),
         (
             "SSH-02",
@@ -637,14 +697,14 @@ def test_an_api_that_cannot_be_asked_is_unknown() -> None:
     world = good_world()
     world["expected"]["cloud"] = None
     results = run_suite(world)
-    assert with_state(results, "unknown") == {"EXP-01", "EXP-02", "UDP-01"}
+    assert with_state(results, "unknown") == {"EXP-01", "EXP-02", "EXP-09", "UDP-01"}
 
 
 def test_no_vantage_at_all_is_unknown() -> None:
     world = good_world()
     world["expected"]["vantages"], world["exposure"] = [], []
     results = run_suite(world)
-    assert with_state(results, "unknown") == {"EXP-04", "EXP-05"}
+    assert with_state(results, "unknown") == {"EXP-04", "EXP-05", "EXP-11"}
     assert results["TS-01"] == ("pass", "reached by our own session, with the pinned key")
 
 
@@ -679,11 +739,13 @@ def test_what_is_not_claimed_is_not_applicable() -> None:
         tailnet={"mode": "none", "allowUdpIngress": False},
         egress={"mode": "none"},
     )
-    world["expected"]["git"] = {"checkout": False, "problem": None, "paths": []}
+    for one in world["repository"]["findings"]:
+        one["state"] = "not-applicable"
     del world["expected"]["addresses"]["public"]["6"]
     results = run_suite(world)
     assert with_state(results, "not-applicable") == {
-        *("EXP-03", "EXP-05", "EXP-07", "TS-01", "TS-02", "TS-03", "EGR-01", "EGR-02", "EGR-03", "GIT-01")
+        *("EXP-03", "EXP-05", "EXP-07", "TS-01", "TS-02", "TS-03", "EGR-01", "EGR-02", "EGR-03"),
+        *REPOSITORY,
     }
     assert results["UDP-01"][0] == "fail"  # the rule is still there
 
@@ -734,3 +796,44 @@ def test_commands_without_a_password_are_found_in_sudo_s_own_words() -> None:
     assert passwordless("User admin is not allowed to run sudo on alpha.") == []
     with pytest.raises(Unknown):
         passwordless("sudo: a password is required")
+
+
+def test_a_doctor_who_was_not_asked_or_says_nothing_is_unknown() -> None:
+    world = good_world()
+    world["repository"] = {"problem": "the doctor was not asked", "findings": []}
+    assert with_state(run_suite(world), "unknown") == REPOSITORY
+    world["repository"] = {"problem": None, "findings": []}
+    assert with_state(run_suite(world), "unknown") == REPOSITORY
+
+
+def test_another_host_s_fault_is_not_this_one_s() -> None:
+    world = good_world()
+    doctor("RTD-02", "fail", "beta")(world)
+    assert with_state(run_suite(world), "fail", "unknown") == set()
+
+
+@pytest.mark.parametrize(
+    ("seed", "state", "checks"),
+    [
+        (text_edit("store", "control found", "control missed"), "unknown", {"STO-01", "STO-03", "STO-06"}),
+        (text_edit("store", "needles 6", "needles 0"), "unknown", {"STO-01", "STO-03", "STO-06"}),
+        (text_edit("store", "paths 12", "paths many"), "unknown", {"STO-01", "STO-03", "STO-06"}),
+        (text_edit("store", "paths 12", "paths 0"), "not-applicable", {"STO-01", "STO-03"}),
+    ],
+)
+def test_a_search_that_proves_nothing_is_not_passed(
+    seed: Callable[[World], None], state: str, checks: set[str]
+) -> None:
+    world = good_world()
+    seed(world)
+    assert with_state(run_suite(world), state) == checks
+
+
+def test_a_rendered_template_is_no_stray_secret_unless_everybody_may_read_it() -> None:
+    world = good_world()
+    appended(
+        "secrets", f"751 root root directory 0 {NOW}/rendered\n440 bot-maren bots regular file 9 {NOW}/rendered/bot.env"
+    )(world)
+    assert with_state(run_suite(world), "fail", "unknown") == set()
+    appended("secrets", f"444 bot-maren bots regular file 9 {NOW}/rendered/x")(world)
+    assert with_state(run_suite(world), "fail") == {"FS-03"}

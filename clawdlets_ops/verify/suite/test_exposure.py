@@ -56,6 +56,7 @@ def covers(rule: Mapping[str, Any], protocol: str, port: int) -> bool:
     id="EXP-01",
     severity="critical",
     claim=EDGE,
+    expect="no inbound rule lets tcp/22 in (public: from adminCidrs alone)",
     fix="run lockdown; in the Hetzner console, remove the rule that lets tcp/22 in",
     vantage="api",
 )
@@ -101,6 +102,7 @@ def _within(source: str, networks: Sequence[ipaddress.IPv4Network | ipaddress.IP
     id="EXP-02",
     severity="critical",
     claim=EDGE,
+    expect="at least one firewall is attached, and each is applied",
     fix="attach the host's firewall (provision does), and wait until the API says that it is applied",
     vantage="api",
 )
@@ -120,6 +122,7 @@ def test_edge_firewall_is_in_force(expected: dict[str, Any], observe: Observe) -
     id="EXP-03",
     severity="critical",
     claim=HOST_FIREWALL,
+    expect="input is dropped on both families; tcp/22 comes in on tailscale0 alone",
     fix="networking.firewall.interfaces.tailscale0.allowedTCPPorts = [ 22 ], services.openssh.openFirewall = false",
 )
 def test_host_firewall_takes_ssh_on_the_tailnet_only(
@@ -152,7 +155,12 @@ def judge_outside(expected: Mapping[str, Any], exposure: Cells, family: int) -> 
     if address is None:
         raise NotApplicable(f"the host has no public IPv{family} address")
     wanted = {vantage["name"]: vantage["expect"] for vantage in expected["vantages"] if vantage["side"] == "internet"}
-    cells = {cell["vantage"]: cell for cell in exposure if cell["side"] == "internet" and cell["family"] == family}
+    port = expected["ssh"]["port"]
+    cells = {
+        cell["vantage"]: cell
+        for cell in exposure
+        if (cell["side"], cell["family"], cell["port"]) == ("internet", family, port)
+    }
     faults, unknown, seen = [], [], []
     for name, expect in wanted.items():
         cell = cells.get(name)
@@ -177,6 +185,7 @@ def judge_outside(expected: Mapping[str, Any], exposure: Cells, family: int) -> 
     id="EXP-04",
     severity="critical",
     claim=TEMPORARY,
+    expect="no vantage on the internet reaches port 22 over IPv4, and its control is reached",
     fix="run lockdown; look at EXP-01 (edge) and EXP-03 (host)",
     vantage="outside",
 )
@@ -189,6 +198,7 @@ def test_closed_from_outside_ipv4(expected: dict[str, Any], exposure: Cells, obs
     id="EXP-05",
     severity="critical",
     claim=TEMPORARY,
+    expect="no vantage on the internet reaches port 22 over IPv6, and its control is reached",
     fix="run lockdown; an IPv4-only rule leaves IPv6 open: look at EXP-01 (edge) and EXP-03 (host)",
     vantage="outside",
 )
@@ -201,6 +211,7 @@ def test_closed_from_outside_ipv6(expected: dict[str, Any], exposure: Cells, obs
     id="TS-01",
     severity="critical",
     claim=HOST_FIREWALL,
+    expect="every vantage on the tailnet reaches port 22",
     fix="bring the tailnet up (systemctl status tailscaled tailscaled-autoconnect) before anything is closed",
     vantage="outside",
 )
@@ -236,6 +247,7 @@ def test_reachable_over_the_tailnet(
     id="UDP-01",
     severity="low",
     claim=UDP,
+    expect="udp/41641 is let in exactly when tailnet.mode and allowUdpIngress say so",
     fix="tailnet.mode and tailnet.allowUdpIngress decide about UDP/41641: run provision",
     vantage="api",
 )
@@ -256,6 +268,7 @@ def test_udp_rule_follows_the_tailnet(expected: dict[str, Any], observe: Observe
     id="EGR-01",
     severity="high",
     claim=EGRESS,
+    expect="an output chain counts and drops tcp 25, 465, 587, 2525 on both families",
     fix="an nftables table of family inet with an output chain that counts and drops tcp dport { 25, 465, 587, 2525 }",
 )
 def test_mail_ports_are_dropped(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from .reading import (
     Fault,
+    NotApplicable,
     Stat,
     Unknown,
     User,
@@ -25,6 +26,8 @@ Observe = Callable[[str], None]
 
 AGE_KEY = "/var/lib/sops-nix/key.txt: host age key"
 ENCRYPTED = "/var/lib/clawdlets/secrets/hosts/<host>/: encrypted secrets files (sops)"
+NOT_IN_STORE = "No secrets copied into /nix/store."
+READABLE_STORE = "The Nix store is not a secrets vault. Design assumes store paths are widely readable on the host."
 RUNTIME = "/run/secrets/**: decrypted materialized secrets at runtime (owned by service users)"
 STORE = "secrets are read from /var/lib/clawdlets/secrets/hosts/<host>/<secret>.yaml"
 IN_MEMORY = ("ramfs", "tmpfs")
@@ -34,6 +37,7 @@ IN_MEMORY = ("ramfs", "tmpfs")
     id="FS-01",
     severity="critical",
     claim=AGE_KEY,
+    expect="0400 root:root in folders of root's, and nobody else can read them",
     fix="chown root:root and chmod 0400 the key, 0700 its folder; the host must be installed again if others could read it",
 )
 def test_host_keys_are_private(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -57,6 +61,7 @@ def test_host_keys_are_private(expected: dict[str, Any], facts: dict[str, Any], 
     id="FS-02",
     severity="high",
     claim=ENCRYPTED,
+    expect="exactly the declared files, encrypted, 0400 root:root, and no other host's",
     fix="only this host's encrypted files belong there: 0400 in a folder 0700, root:root; run the payload and install stages",
 )
 def test_encrypted_files(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -104,6 +109,7 @@ def generations(facts: Mapping[str, Any]) -> tuple[str, dict[str, str], dict[str
     id="FS-03",
     severity="critical",
     claim=RUNTIME,
+    expect="in memory, exactly the declared secrets with the declared owner, group and mode",
     fix="hosts.<host>.secrets.<name>.owner/group/mode in fleet/clawdlets.json; then activate again",
 )
 def test_decrypted_secrets_belong_to_their_users(
@@ -143,6 +149,8 @@ def _stray_faults(
             if stat.mode & 0o026 or stat.owner != "root"
             else []
         )
+    if path == f"{root}/rendered" or path.startswith(f"{root}/rendered/"):
+        return [f"{path} is open to everybody ({stat.mode:04o})"] if stat.mode & 0o006 else []
     secret = declared.get(path.removeprefix(f"{root}/"))
     if secret is None:
         return [f"{path} is not declared"]
@@ -160,6 +168,7 @@ def _stray_faults(
     id="FS-04",
     severity="high",
     claim=RUNTIME,
+    expect="each secret opens for its own user and nobody else",
     fix="take the user out of the group that owns the secret, or declare another owner",
 )
 def test_only_the_service_user_can_read(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -197,6 +206,7 @@ def _in_group(user: str, runtime: Mapping[str, Any], people: Mapping[str, User])
     id="STO-04",
     severity="high",
     claim=STORE,
+    expect="every sopsFile is below the host's own secrets folder",
     fix='sopsFile as a string "/var/lib/clawdlets/secrets/hosts/<host>/<secret>.yaml", never a path of the flake',
 )
 def test_no_secret_comes_from_the_store(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -219,4 +229,122 @@ def test_no_secret_comes_from_the_store(expected: dict[str, Any], facts: dict[st
     seen = settle(faults, f"{len(sources)} secrets are read from {folder}")
     if not sources:
         raise Unknown("the host has no list of what is decrypted (sops-install-secrets.service names none)")
+    observe(seen)
+
+
+def leaks(facts: Mapping[str, Any], name: str) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """What a search for known secrets says: its numbers by name, and (secret, place) of each hit. Unknown when it did not
+    find its own canary, or looked for nothing."""
+    numbers: dict[str, str] = {}
+    hits = []
+    for line in section(facts, name).splitlines():
+        word, _, rest = line.partition(" ")
+        if word == "hit":
+            secret, _, place = rest.partition(" ")
+            hits.append((secret, place))
+        else:
+            numbers[word] = rest
+    if numbers.get("control") != "found":
+        raise Unknown("the search did not even find its own canary")
+    return numbers, hits
+
+
+def _searched(facts: Mapping[str, Any]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    numbers, hits = leaks(facts, "store")
+    if not numbers.get("needles", "").isdigit() or not numbers.get("paths", "").isdigit():
+        raise Unknown("the host did not say how much it searched")
+    return numbers, hits
+
+
+def _enough(numbers: Mapping[str, str]) -> None:
+    if int(numbers["needles"]) == 0:
+        raise Unknown("there was no secret to look for")
+    if int(numbers["paths"]) == 0:
+        raise NotApplicable("there is no store path on this host but what a cache has signed")
+
+
+@pytest.mark.check(
+    id="STO-01",
+    severity="critical",
+    claim=NOT_IN_STORE,
+    expect="no decrypted secret, nor its base64, in any store path that was made here; the canary is found",
+    fix="use the encrypted file on the host, never builtins.readFile; nix store delete the path, replace the secret",
+)
+def test_no_secret_is_in_the_store(facts: dict[str, Any], observe: Observe) -> None:
+    """Every decrypted secret of the host, and its base64, in the store paths that no cache has signed; the search must find a
+    canary of its own first (STO-02)."""
+    numbers, hits = _searched(facts)
+    faults = [f"{secret} is in {place}" for secret, place in hits if not place.endswith(".drv")]
+    seen = settle(faults, f"{numbers['needles']} needles in {numbers['paths']} store paths: the canary alone was found")
+    _enough(numbers)
+    observe(seen)
+
+
+@pytest.mark.check(
+    id="STO-03",
+    severity="critical",
+    claim=READABLE_STORE,
+    expect="no decrypted secret in any derivation",
+    fix="a derivation keeps the environment it was made with: pass the secret's path, not its value; then as for STO-01",
+)
+def test_no_secret_is_in_a_derivation(facts: dict[str, Any], observe: Observe) -> None:
+    """The same in .drv files: the output of a derivation may be clean where the derivation is not."""
+    numbers, hits = _searched(facts)
+    faults = [f"{secret} is in {place}" for secret, place in hits if place.endswith(".drv")]
+    seen = settle(faults, f"{numbers['needles']} needles in {numbers['paths']} store paths: none is in a derivation")
+    _enough(numbers)
+    observe(seen)
+
+
+@pytest.mark.check(
+    id="STO-06",
+    severity="high",
+    claim=READABLE_STORE,
+    expect="no decrypted secret in any unit, in the environment of PID 1, or in /etc",
+    fix="EnvironmentFile= or LoadCredential= below /run/secrets, never Environment=; replace the secret",
+)
+def test_no_secret_is_in_a_unit(facts: dict[str, Any], observe: Observe) -> None:
+    """What systemd was told of every unit, its own environment, and the files of /etc; the canary must be found."""
+    numbers, hits = leaks(facts, "units")
+    faults = [f"{secret} is in {place}" for secret, place in hits]
+    seen = settle(faults, f"{numbers.get('units', '0')} units, PID 1 and /etc: the canary alone was found")
+    if not numbers.get("units", "").isdigit() or int(numbers["units"]) == 0:
+        raise Unknown("no unit was looked at")
+    if _searched(facts)[0]["needles"] == "0":
+        raise Unknown("there was no secret to look for")
+    observe(seen)
+
+
+@pytest.mark.check(
+    id="FS-05",
+    severity="medium",
+    claim=RUNTIME,
+    expect="no swap on a plain disk, no core dump, no process of a service user that may write one",
+    fix="swapDevices off or encrypted; systemd.coredump off, LimitCORE=0; remove the dump, replace what its process held",
+)
+def test_memory_is_not_written_to_a_disk(facts: dict[str, Any], observe: Observe) -> None:
+    """Swap, core dumps that lie there, and the limits of the running processes of service users: /run/secrets is in memory,
+    and so is what was read from it."""
+    faults, processes, pattern = [], 0, ""
+    for line in section(facts, "memory").splitlines():
+        word, _, rest = line.partition(" ")
+        match word, rest.split():
+            case "swap", [device, kind]:
+                if not device.startswith(("/dev/zram", "/dev/mapper/", "/dev/dm-")):
+                    faults.append(f"memory may be swapped to {device} ({kind}), which is not encrypted")
+            case "coredump", [*path]:
+                faults.append(f"a core dump lies at {' '.join(path)}")
+            case "core", [user, process, limit]:
+                processes += 1
+                if limit not in ("0", "gone"):
+                    faults.append(f"process {process} of {user} may write a core dump of {limit} bytes")
+            case "core-pattern", [*words]:
+                pattern = " ".join(words)
+            case _:
+                raise Unknown(f"a line is not understood: {line[:200]!r}")
+    seen = settle(
+        faults, f"no swap on a plain disk, no core dump; {processes} processes of service users may write none"
+    )
+    if not pattern:
+        raise Unknown("the host did not say where core dumps go")
     observe(seen)

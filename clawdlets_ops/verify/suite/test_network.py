@@ -19,6 +19,7 @@ Observe = Callable[[str], None]
 USER_DATA = "Threat model MUST assume user_data can be read by anyone with Hetzner project/API access."
 # Tailscale's address ranges: tailscale.com/kb/1015.
 TAILNETS = (ipaddress.ip_network("100.64.0.0/10"), ipaddress.ip_network("fd7a:115c:a1e0::/48"))
+CLOCK_SLACK_S = 30
 COMMON_PORTS = (80, 443, 2222, 3128, 8080)
 
 
@@ -44,6 +45,7 @@ def other_listeners(expected: Mapping[str, Any], facts: Mapping[str, Any]) -> li
     id="EXP-06",
     severity="critical",
     claim=HOST_FIREWALL,
+    expect="no listener beyond loopback but sshd is let in, and no rule redirects packets",
     fix="let the service listen on 127.0.0.1, or drop its port on every interface but the tailnet's; no DNAT, no published ports",
 )
 def test_nothing_else_is_published(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -65,6 +67,7 @@ def test_nothing_else_is_published(expected: dict[str, Any], facts: dict[str, An
     id="EXP-07",
     severity="high",
     claim="Public SSH is temporary (bootstrap only; controlled by sshExposure.mode).",
+    expect="every established SSH session has a peer on the tailnet",
     fix="end the old sessions (ss -K on the host), and close the operator's shared connections",
 )
 def test_no_session_survives_from_before(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -87,6 +90,7 @@ def test_no_session_survives_from_before(expected: dict[str, Any], facts: dict[s
     id="EXP-10",
     severity="high",
     claim="Public SSH is temporary (bootstrap only; controlled by sshExposure.mode).",
+    expect="the declared mode is in force, and not on trial",
     fix="run the lockdown stage again: it confirms what it has tried, or goes back",
 )
 def test_the_host_keeps_the_declared_mode(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -104,6 +108,7 @@ def test_the_host_keeps_the_declared_mode(expected: dict[str, Any], facts: dict[
     id="TS-02",
     severity="medium",
     claim=HOST_FIREWALL,
+    expect="other ports than 22 are dropped on tailscale0",
     fix="networking.firewall.interfaces.tailscale0 with port 22 alone; trustedInterfaces without tailscale0",
 )
 def test_the_tailnet_reaches_ssh_alone(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -120,6 +125,7 @@ def test_the_tailnet_reaches_ssh_alone(expected: dict[str, Any], facts: dict[str
     id="TS-03",
     severity="high",
     claim="Public SSH is temporary (bootstrap only; controlled by sshExposure.mode).",
+    expect="tailscale runs, and the node's key is good for 30 days or does not run out",
     fix="disable the node's key expiry (a tagged node has none), or log it in again, before it drops off the tailnet",
 )
 def test_the_host_stays_on_the_tailnet(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -151,6 +157,7 @@ def test_the_host_stays_on_the_tailnet(expected: dict[str, Any], facts: dict[str
     id="EGR-02",
     severity="high",
     claim=EGRESS,
+    expect="a forward chain drops tcp 25, 465, 587, 2525 on both families",
     fix="the same drop in a chain on the forward hook: containers' packets never pass through output",
 )
 def test_mail_ports_are_dropped_for_containers_too(
@@ -173,6 +180,7 @@ def test_mail_ports_are_dropped_for_containers_too(
     id="EGR-03",
     severity="high",
     claim=EGRESS,
+    expect="no attempt opens, and the counters of our own rules move",
     fix="look at EGR-01; a drop upstream is not ours: only a counter that moves shows that this host's rule works",
 )
 def test_mail_does_not_go_out(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -209,6 +217,7 @@ def test_mail_does_not_go_out(expected: dict[str, Any], facts: dict[str, Any], o
     id="UD-04",
     severity="high",
     claim=USER_DATA,
+    expect="root reaches the metadata service and nobody else does",
     fix="nft: in the output hook, ip daddr 169.254.169.254 meta skuid != 0 drop",
 )
 def test_workloads_do_not_reach_the_metadata_service(facts: dict[str, Any], observe: Observe) -> None:
@@ -224,6 +233,77 @@ def test_workloads_do_not_reach_the_metadata_service(facts: dict[str, Any], obse
     if not others:
         raise Unknown("nobody but root tried")
     observe(seen)
+
+
+@pytest.mark.check(
+    id="EXP-09",
+    severity="medium",
+    claim=HOST_FIREWALL,
+    expect="the server is in no private network",
+    fix="take the server out of the network: cloud firewalls do not filter private networks",
+    vantage="api",
+)
+def test_no_unfiltered_network(cloud: dict[str, Any] | None, observe: Observe) -> None:
+    """The private networks of the server as the API shows them: what comes in there passes no cloud firewall."""
+    if cloud is None:
+        raise Unknown("the Hetzner API could not be asked")
+    attached = cloud["server"].get("privateAddresses")
+    if attached is None:
+        raise Unknown("nobody asked for the server's private networks")
+    observe(settle([f"{address} is in a private network" for address in attached], "in no private network"))
+
+
+@pytest.mark.check(
+    id="EXP-11",
+    severity="high",
+    claim=HOST_FIREWALL,
+    expect="no other port that is often open answers on the public addresses, and each control is reached",
+    fix="look at EXP-06 for who listens; what it does not show is hidden: find out before you trust the host",
+    vantage="outside",
+)
+def test_other_ports_are_closed_from_outside(
+    expected: dict[str, Any], exposure: list[dict[str, Any]], observe: Observe
+) -> None:
+    """Real connections to other ports of the public addresses, from every vantage on the internet side: whatever the host
+    says of itself."""
+    ports = expected.get("closedPorts", [])
+    cells = [cell for cell in exposure if cell["side"] == "internet" and cell["port"] in ports]
+    faults, unknown = [], []
+    for cell in cells:
+        place = f"{cell['vantage']} over IPv{cell['family']}"
+        if cell["reach"] == "yes":
+            faults.append(f"{place} reaches {cell['address']} port {cell['port']} ({cell['detail']})")
+        elif cell["reach"] == "unknown":
+            unknown.append(f"{place}: {cell['detail']}")
+    seen = settle(faults, f"{', '.join(map(str, ports))} are closed: {len(cells)} looks from outside")
+    if unknown:
+        raise Unknown("; ".join(dict.fromkeys(unknown)))
+    if not cells:
+        raise Unknown("nobody looked from outside")
+    observe(seen)
+
+
+@pytest.mark.check(
+    id="CLK-01",
+    severity="medium",
+    claim="Public SSH is temporary (bootstrap only; controlled by sshExposure.mode).",
+    expect="the host's clock is right within 30 s",
+    fix="timedatectl; let systemd-timesyncd reach a server: what is temporary ends by this clock",
+)
+def test_the_clock_is_right(facts: dict[str, Any], observe: Observe) -> None:
+    """The host's time against this machine's at the moment of asking."""
+    said = section(facts, "clock").strip()
+    if not said.isdigit():
+        raise Unknown(f"not a time: {said[:60]!r}")
+    asked = facts.get("asked")
+    if asked is None:
+        raise Unknown("nobody noted when the host was asked")
+    off = max(asked["from"] - CLOCK_SLACK_S - int(said), int(said) - asked["to"] - CLOCK_SLACK_S, 0.0)
+    observe(
+        settle(
+            [f"the clock is {off + CLOCK_SLACK_S:.0f} s off or more"] if off else [], f"right within {CLOCK_SLACK_S} s"
+        )
+    )
 
 
 def _address(end: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

@@ -51,6 +51,7 @@ def effective_settings(
     id="SSH-01",
     severity="critical",
     claim=KEY_ONLY,
+    expect="passwords, keyboard-interactive, hostbased, GSSAPI and empty passwords no; public keys yes",
     fix="services.openssh.settings: no passwords, no keyboard-interactive, and no Match block that says otherwise",
 )
 def test_effective_configuration_is_key_only(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -74,6 +75,7 @@ def test_effective_configuration_is_key_only(expected: dict[str, Any], facts: di
     id="SSH-02",
     severity="high",
     claim=KEY_ONLY,
+    expect="the program of the unit runs, started after its configuration was last changed",
     fix="systemctl restart sshd: the daemon does not run what its configuration says",
 )
 def test_the_running_daemon_has_read_its_configuration(facts: dict[str, Any], observe: Observe) -> None:
@@ -113,6 +115,7 @@ def test_the_running_daemon_has_read_its_configuration(facts: dict[str, Any], ob
     id="SSH-05",
     severity="high",
     claim=KEY_ONLY,
+    expect="permitrootlogin no, allowusers admin, and root with a good key is refused",
     fix="PermitRootLogin no and AllowUsers with the admin user alone",
 )
 def test_root_cannot_log_in(
@@ -144,6 +147,7 @@ def test_root_cannot_log_in(
     id="SSH-06",
     severity="critical",
     claim=KEY_ONLY,
+    expect="the declared keys for admin, and no other key, command or CA for anybody",
     fix="remove keys that fleet/clawdlets.json does not declare; AuthorizedKeysFile /etc/ssh/authorized_keys.d/%u alone",
 )
 def test_only_declared_keys(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -181,6 +185,7 @@ def test_only_declared_keys(expected: dict[str, Any], facts: dict[str, Any], obs
     id="SSH-07",
     severity="high",
     claim=KEY_ONLY,
+    expect="one sshd on one port, no other remote shell, Tailscale SSH off",
     fix="one sshd on one port; no other remote shell; tailscale set --ssh=false",
 )
 def test_no_second_door(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -208,6 +213,7 @@ def test_no_second_door(expected: dict[str, Any], facts: dict[str, Any], observe
     id="SSH-08",
     severity="high",
     claim="SSH stays key-only; passwords for sudo/console only.",
+    expect="admin and breakglass alone have a password (yescrypt); NOPASSWD for exact commands only",
     fix="users.mutableUsers = false; passwords for admin and breakglass alone; NOPASSWD for exact commands only",
 )
 def test_passwords_and_sudo(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
@@ -285,6 +291,7 @@ def sudo_fault(command: str, *, own: str) -> str | None:
     id="SSH-09",
     severity="high",
     claim=KEY_ONLY,
+    expect="the pinned key is the one shown to clients and the only one on the host",
     fix="somebody else may be answering, or the host was rebuilt: find out before you trust it; then install again",
 )
 def test_host_identity_is_pinned(
@@ -309,6 +316,7 @@ def test_host_identity_is_pinned(
     id="SSH-10",
     severity="low",
     claim=KEY_ONLY,
+    expect="no CBC, SHA-1, MD5 or 64-bit tags are offered",
     fix="services.openssh.settings: Ciphers, Macs and KexAlgorithms without CBC, SHA-1, MD5 and 64-bit tags",
 )
 def test_no_weak_algorithms(facts: dict[str, Any], observe: Observe) -> None:
@@ -326,6 +334,7 @@ def test_no_weak_algorithms(facts: dict[str, Any], observe: Observe) -> None:
     id="SSH-03",
     severity="critical",
     claim=KEY_ONLY,
+    expect="publickey and nothing else",
     fix="the running sshd offers more than keys: restart it, then look at SSH-01",
     vantage="client",
 )
@@ -338,6 +347,7 @@ def test_a_client_is_offered_keys_only(expected: dict[str, Any], attempt: Attemp
     id="SSH-04",
     severity="critical",
     claim=KEY_ONLY,
+    expect="publickey and nothing else, for a client that wants to send a password",
     fix="the running sshd takes passwords: restart it, then look at SSH-01",
     vantage="client",
 )
