@@ -107,6 +107,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     def hosts(document: dict[str, Any]) -> None:
         alpha = document["hosts"]["alpha"]
         document["hosts"] = {name: copy.deepcopy(alpha) for name in HOSTS}
+        document.pop("cattle", None)  # it names the host that was the only one
 
     project = make_project(tmp_path_factory.mktemp("install"))
     project.fleet(hosts)
