@@ -215,8 +215,14 @@ def check_socket(listening: socket.socket, group: str) -> Path:
     if not path.is_absolute():
         raise OrchestratorError("is not an absolute path", where=str(path))
     try:
-        folder, info = path.parent.stat(), path.lstat()
-        gid = grp.getgrnam(group).gr_gid
+        folder, gid = path.parent.stat(), grp.getgrnam(group).gr_gid
+        try:
+            info = path.lstat()
+        except PermissionError:
+            # We are of neither: whoever the folder lets in is root or the group, whatever the socket's own mode.
+            if folder.st_gid == gid and not stat.S_IMODE(folder.st_mode) & 0o027:
+                return path
+            raise
     except (OSError, KeyError) as error:
         raise OrchestratorError(f"cannot be checked: {error}", where=str(path)) from error
     mode = stat.S_IMODE(info.st_mode)

@@ -76,3 +76,7 @@ def test_the_database_is_nobodys_but_the_orchestrators(matrix: Any, user: str) -
     assert matrix[user]["list state folder"] == "PermissionError"
     assert matrix[user]["replace socket"] == "PermissionError"
     assert matrix["clf-orchestrator"]["read database"] == 16, "the search itself can read it"
+
+
+def test_a_folder_that_lets_in_another_group_is_refused_at_the_start(matrix: Any) -> None:
+    assert matrix["for another group"] == 1
