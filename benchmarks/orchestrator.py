@@ -116,7 +116,11 @@ def orchestrator(folder: Path, **store: str) -> Iterator[Path]:
         yield path
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def load(path: Path, clients: int, seconds: float) -> dict[str, float]:
@@ -176,6 +180,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended and removed
     folder = Path(tempfile.mkdtemp(prefix="clf-bench-", dir="/var/tmp"))
     folder.chmod(0o755)
     how = {"seconds": arguments.seconds, "rounds": arguments.rounds}
