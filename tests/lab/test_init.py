@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
 
 def test_from_the_wheel_to_a_verified_host_by_the_words_of_the_readme(
-    tmp_path: Path, record_property: Callable[[str, object], None]
+    tmp_path: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     user = install(build(tmp_path / "wheel"), tmp_path / "user")
     took: dict[str, float] = {}
@@ -51,4 +51,4 @@ def test_from_the_wheel_to_a_verified_host_by_the_words_of_the_readme(
     assert user.run("git", "status", "--porcelain", cwd=project).split() == ["??", "secrets/"]
     assert "is still" not in said[down]
     for line, seconds in took.items():
-        record_property(line, round(seconds, 1))
+        record_testsuite_property(line, round(seconds, 1))
