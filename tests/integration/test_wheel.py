@@ -31,7 +31,7 @@ def test_the_wheel_has_every_file_of_the_package_and_what_projects_need(wheel: P
     assert {line for line in tracked.stdout.splitlines() if (ROOT / line).exists()} - names == set()
     shipped = {
         f"clawdlets_ops/scaffold/shipped/{name}"
-        for folder in ("deploys", "inventory", "tools")
+        for folder in ("deploys", "inventory", "nix", "tools")
         for name in (str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.is_file())
         if "__pycache__" not in name
     }
