@@ -189,7 +189,7 @@ def make(base: Path) -> Patient:
     patient = Patient(base)
     for name in ("home", "bin", "tmp", "project"):
         (base / name).mkdir(mode=0o700)
-    for name, says in (("tofu", "OpenTofu v1.10.6"), ("nixos-anywhere", ""), ("nix", "nix (Nix) 2.18.1")):
+    for name, says in (("tofu", "OpenTofu v1.10.6"), ("nixos-anywhere", "")):
         patient.program(name, says)
     patient.nix({})
     private, public = hostkey.generate("maren")
