@@ -215,6 +215,15 @@ class Background:
         """End it with its process group: TERM, a grace, KILL."""
         _kill_group(self._process)
 
+    def leave(self) -> Background:
+        """It may outlive whoever started it: kept for as long as it runs, so that its end is still collected."""
+        _LEFT[:] = [one for one in _LEFT if one.poll() is None]
+        _LEFT.append(self)
+        return self
+
+
+_LEFT: list[Background] = []
+
 
 def spawn(argv: Sequence[str | Path], *, env: Mapping[str, str], log_file: Path) -> Background:
     """Start a program in a session of its own and return at once; it outlives us. ToolMissingError.

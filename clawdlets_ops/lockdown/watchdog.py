@@ -88,7 +88,7 @@ def arm(
     env["PYTHONPATH"] = str(Path(__file__).parents[2])  # the same code as this, wherever the command was started
     folder = layout.lockdown_dir(order.host)
     words = [sys.executable, "-P", "-m", "clawdlets_ops.lockdown.watchdog", str(layout.root), order.host]
-    background = process.spawn(words, env={"PATH": os.defpath, **env}, log_file=folder / edge.LOG)
+    background = process.spawn(words, env={"PATH": os.defpath, **env}, log_file=folder / edge.LOG).leave()
     guard = Guard(layout, order, background)
     deadline = clock() + ARMED_WITHIN_S
     while state_of(layout, order).get("state") != "armed":
