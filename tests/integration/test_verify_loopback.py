@@ -22,6 +22,7 @@ import pytest
 from tenacity import Retrying, stop_after_delay, wait_fixed
 
 from clawdlets_ops.doctor.ignored import git_evidence
+from clawdlets_ops.errors import VerifyError
 from clawdlets_ops.fleet import load_fleet
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import LocalRunner
@@ -33,6 +34,7 @@ from clawdlets_ops.verify.expectation import build_expectation
 from clawdlets_ops.verify.exposure import measure_exposure, probe_from
 from clawdlets_ops.verify.run import verify_host
 from clawdlets_ops.verify.suite.reading import Unknown, section
+from clawdlets_ops.verify.vantage import by_ssh, parse_control
 
 pytestmark = pytest.mark.integration
 
@@ -388,3 +390,25 @@ def test_git_says_which_rule_ignores_the_runtime_dir(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text(".clawdlets/\n")
     below = git_evidence(project, runner=RUNNER)["paths"]
     assert {(entry["source"].rpartition("/")[2], entry["tracked"]) for entry in below} == {(".gitignore", True)}
+
+
+def test_a_place_without_python_looks_with_bash_and_says_the_same(listener: tuple[str, int], full: int) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # bound and not listening: refused
+        targets = [(4, *listener), (4, "127.0.0.1", held.getsockname()[1]), (4, "127.0.0.1", full)]
+        seen = [probe_from(Vantage("x", "internet", bash=bash), targets, runner=RUNNER) for bash in (False, True)]
+    assert [[one["outcome"] for one in some] for some in seen] == [["open", "refused", "filtered"]] * 2
+
+
+@pytest.mark.parametrize("word", ["-oProxyCommand=x", "", "a b", "x;y", "$(x)"])
+def test_what_is_no_ssh_destination_is_refused(word: str) -> None:
+    with pytest.raises(VerifyError, match="no SSH destination"):
+        by_ssh(word, {})
+
+
+def test_a_control_is_read_for_either_family() -> None:
+    assert parse_control("192.0.2.1:443") == (4, ("192.0.2.1", 443))
+    assert parse_control("[2001:db8::1]:22") == (6, ("2001:db8::1", 22))
+    for wrong in ("2001:db8::1:22", "192.0.2.1", "host:22", "192.0.2.1:0", "192.0.2.1:70000"):
+        with pytest.raises(VerifyError, match="no control"):
+            parse_control(wrong)
