@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,25 @@ def test_nothing_is_referred_to_by_path_and_the_source_is_where_it_is_needed() -
     assert "Before that" not in files["README.md"]
     unlocated = plan(origin=UNLOCATED)
     assert f"in the place of `{UNLOCATED}`" in unlocated["README.md"]
+
+
+def test_the_flake_calls_what_this_repositorys_flake_offers() -> None:
+    [line] = [line for line in plan()["flake.nix"].splitlines() if "nixosConfigurations" in line]
+    assert line in (ROOT / "nix" / "template" / "flake.nix").read_text().splitlines()
+
+
+@pytest.mark.parametrize("rehearsal", [True, False])
+def test_nix_takes_the_new_projects_flake_and_fleet_as_python_does(tmp_path: Path, *, rehearsal: bool) -> None:
+    if (program := shutil.which("nix-instantiate")) is None:
+        pytest.skip("nix-instantiate is not on PATH")
+    for name, text in plan(rehearsal=rehearsal).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    question = f"builtins.attrNames ((import {ROOT}/nix/fleet.nix).load {tmp_path}/fleet/clawdlets.json).hosts"
+    asked = subprocess.run([program, "--eval", "--strict", "-E", question], capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert asked.stdout.strip() == '[ "alpha" ]', asked.stderr
+    parsed = subprocess.run([program, "--parse", tmp_path / "flake.nix"], capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert parsed.returncode == 0, parsed.stderr
 
 
 @pytest.mark.parametrize("rehearsal", [True, False])
