@@ -32,7 +32,7 @@ SEEDS = [
     Seed("a bot's unit that may reach everything", "PXY-01", drop_in("IPAddressAllow=any"), UNDO_UNIT),
     Seed("a bot's unit that may reach all of loopback", "PXY-01", drop_in("IPAddressAllow=localhost"), UNDO_UNIT),
     Seed("rules that forget the bots' users", "PXY-02", "nft flush chain inet clawdlets-egress bot", "systemctl reload clawdlets-egress"),
-    Seed("a proxy that is everybody's", "PXY-03 EXP-06", f"cp -p {SQUID} /run/kept-squid; sed -i 's/^http_port 127.0.0.1:3128/http_port 3128/' {SQUID}; systemctl restart clawdlets-egress-proxy; {READY}", UNDO_SQUID),
+    Seed("a proxy that is everybody's", "PXY-03", f"cp -p {SQUID} /run/kept-squid; sed -i 's/^http_port 127.0.0.1:3128/http_port 3128/' {SQUID}; systemctl restart clawdlets-egress-proxy; {READY}", UNDO_SQUID),
     Seed("a proxy without its list", "PXY-04", f"cp -p {SQUID} /run/kept-squid; sed -i 's/^http_access deny from_bot-maren.*//; s/^http_access deny inside//' {SQUID}; systemctl restart clawdlets-egress-proxy; {READY}", UNDO_SQUID),
     Seed("an entry that nobody declared", "PXY-04", "echo .evil.example >>/etc/clawdlets/egress/bot-maren.domains", "sed -i /evil/d /etc/clawdlets/egress/bot-maren.domains"),
     Seed("a bot that may ask the system bus", "PXY-05", drop_in("InaccessiblePaths="), UNDO_UNIT),
