@@ -65,7 +65,7 @@ let
   variant = part: path: value:
     let tag = value.${part.discriminator.propertyName} or null; in
     if !isAttrs value then fault path "is no object"
-    else if !(isString tag && part.discriminator.mapping ? ${tag}) then fault path "${part.discriminator.propertyName} is none of ${concatStringsSep ", " (attrNames part.discriminator.mapping)}"
+    else if !(isString tag && part.discriminator.mapping ? ${tag}) then fault (if value ? ${part.discriminator.propertyName} then below path part.discriminator.propertyName else path) "is none of ${concatStringsSep ", " (attrNames part.discriminator.mapping)}"
     else faults { "$ref" = part.discriminator.mapping.${tag}; } (below path tag) value;
 
   # What is wrong with `value`: a list of { path, what }. Values are not repeated.

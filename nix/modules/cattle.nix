@@ -47,11 +47,16 @@ in
     };
   };
 
-  # Nothing comes in but by the tailnet; nobody but root asks the metadata service.
+  # Nothing comes in but by the tailnet. What a task must not reach is closed by clawdlets-cattle, before there is a task.
   environment.etc = {
     "clawdlets/exposure-at-install".text = "tailnet\n";
-    "clawdlets/egress".text = "smtp-only\n";
+    "clawdlets/tailscale".text = "";
+    "clawdlets/cattle/egress.nft".text = hostfiles.text "cattle/egress.nft";
   };
+  systemd.units = lib.genAttrs [ "clawdlets-cattle.service" "clawdlets-task.service" ]
+    (unit: { text = hostfiles.filled { BIN = "${tools}/bin"; } (hostfiles.text "cattle/${unit}"); });
+  users.groups.clawdlets-task = { };
+  users.users.clawdlets-task = { isSystemUser = true; group = "clawdlets-task"; };
   systemd.services.clawdlets-firewall = {
     description = "Host firewall";
     wantedBy = [ "multi-user.target" ];
@@ -73,7 +78,7 @@ in
     authorizedKeysInHomedir = false;
     hostKeys = [ { type = "ed25519"; path = sshd.hostKey; } ];
     sftpServerExecutable = sshd.sftp;
-    authorizedKeysFiles = lib.mkForce [ "${paths.cattleRunDir.path}/authorized_keys" ];
+    authorizedKeysFiles = lib.mkForce [ paths.cattleAuthorizedKeys.path ];
     inherit (sshd) settings;
   };
   users.mutableUsers = false;

@@ -104,6 +104,7 @@ WHOLE: dict[str, Any] = {
         "labels": {"herd": "x"},
         "tailnet": {
             "key": "headscale",
+            "headscaleUser": "clawdlets",
             "tag": "tag:cattle",
             "keyTtl": "10m",
             "rotateAfterDays": 10,

@@ -166,7 +166,7 @@ def test_sshd_takes_its_configuration_and_lets_in_by_key_alone(
     assert "permitrootlogin no" in said
     assert "authenticationmethods publickey" in said
     assert "allowusers admin" in said
-    keys = "/run/clawdlets/cattle/authorized_keys" if name == "cattle" else "/etc/ssh/authorized_keys.d/%u"
+    keys = "/run/clawdlets/authorized_keys" if name == "cattle" else "/etc/ssh/authorized_keys.d/%u"
     assert f"authorizedkeysfile {keys}" in said
     assert hosts[name]["services"]["openssh"]["openFirewall"] is False
 
