@@ -16,6 +16,7 @@ import click
 
 from clawdlets_ops import workflow
 from clawdlets_ops.commands import bootstrap as bootstrap_commands
+from clawdlets_ops.commands import cattle as cattle_commands
 from clawdlets_ops.commands import destroy as destroy_commands
 from clawdlets_ops.commands import doctor as doctor_commands
 from clawdlets_ops.commands import egress as egress_commands
@@ -80,6 +81,7 @@ clawdlets.add_command(lockdown_commands.lockdown)
 clawdlets.add_command(lockdown_commands.open_host)
 clawdlets.add_command(lockdown_commands.close)
 clawdlets.add_command(runs_commands.runs)
+clawdlets.add_command(cattle_commands.cattle)
 clawdlets.add_command(doctor_commands.doctor)
 clawdlets.add_command(init_commands.init)
 clawdlets.add_command(egress_commands.egress)

@@ -82,6 +82,10 @@ class FakeCloud:
         """By name."""
         return next((server for server in self.servers if server.name == name), None)
 
+    def servers_with(self, labels: Mapping[str, str]) -> tuple[Server, ...]:
+        """By labels."""
+        return tuple(one for one in self.servers if labels.items() <= dict(one.labels).items())
+
     def firewall(self, name: str) -> Firewall | None:
         """By name."""
         return next((firewall for firewall in self.firewalls if firewall.name == name), None)

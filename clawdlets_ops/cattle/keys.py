@@ -9,6 +9,7 @@ from typing import Final, Protocol
 from clawdlets_ops.errors import CattleError
 from clawdlets_ops.sensitive import Secret
 
+STATIC: Final = "tailscale_cattle_auth_key"
 STATIC_WARNING: Final = (
     "STATIC AUTH KEY: every cattle machine joins the tailnet with the same key, which whoever reads the user data of one can "
     "use too; set cattle.tailnet.key to minted"
@@ -64,5 +65,5 @@ class StaticKey:
         del name, ttl_s
         secret = self.read()
         if not secret:
-            raise CattleError("is empty", where="tailscale_cattle_auth_key")
+            raise CattleError("is empty", where=STATIC)
         return AuthKey(secret, warning=STATIC_WARNING)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from clawdlets_ops.cattle import personas
-from clawdlets_ops.cattle.keys import KeyDesk, MintedKeys, StaticKey
+from clawdlets_ops.cattle.keys import STATIC, KeyDesk, MintedKeys, StaticKey
 from clawdlets_ops.cattle.orders import judge, judge_reap
 from clawdlets_ops.cattle.reap import Reaper, Seen
 from clawdlets_ops.cattle.spawn import Spawner
@@ -32,7 +32,6 @@ REAP_EVERY_S: Final = 120
 HCLOUD_TOKEN: Final = "hcloud_token"  # noqa: S105 - a secret's name, as the next ones
 OAUTH: Final = "tailscale_oauth_client_secret"
 HEADSCALE: Final = "headscale_api_key"
-STATIC: Final = "tailscale_cattle_auth_key"
 _MOST: Final = 100_000
 
 

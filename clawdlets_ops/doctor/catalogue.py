@@ -273,14 +273,14 @@ CATALOGUE: Final[tuple[Check, ...]] = (
     ),
     Check(
         "CAT-02", _CATTLE, "high", "every cattle server carries the full label set",
-        "nothing yet: there is no cattle",
-        "remove by hand what cannot be told by its labels",
+        "every server of the project whose name or label says that it is cattle, against the nine labels and their forms",
+        "find out whose it is; clawdlets never deletes it, so remove it by hand (hcloud server delete ID)",
         of_machine.cattle_labels_are_complete,
     ),
     Check(
         "UD-05", _CATTLE, "high", "cattle joins the tailnet with ephemeral, tagged keys, not with one static key",
-        "nothing yet: there is no cattle",
-        "let the orchestrator mint a key for each machine, or rotate the static one often",
+        "cattle.tailnet.key; of a static one its age, by sops' note in the encrypted file",
+        "set cattle.tailnet.key to minted and give the OAuth client's secret; until then replace the static key often",
         of_machine.cattle_key_is_limited,
     ),
 )  # fmt: skip

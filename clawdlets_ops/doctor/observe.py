@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
+import yaml
+
+from clawdlets_ops.cattle.keys import STATIC
+from clawdlets_ops.cattle.labels import CATTLE
 from clawdlets_ops.doctor.bench import look_at_bench
 from clawdlets_ops.doctor.clone import has_operator_key, look_at_clone
 from clawdlets_ops.doctor.deployed import look_at_field
 from clawdlets_ops.doctor.doors import Doors, look_at_doors
 from clawdlets_ops.doctor.looking import BoundedRunner, attempt, first_line
-from clawdlets_ops.doctor.snapshot import Blind, Scope, Snapshot, Wrong
+from clawdlets_ops.doctor.snapshot import Blind, NotHere, Scope, Snapshot, Wrong
 from clawdlets_ops.doctor.store import Budget
-from clawdlets_ops.errors import ClawdletsError, FleetError
+from clawdlets_ops.errors import ClawdletsError, CloudError, FleetError
 from clawdlets_ops.fleet import Fleet, load_fleet
 from clawdlets_ops.guard import needles
 from clawdlets_ops.hetzner import Cloud, HetznerCloud, Server
@@ -22,6 +28,13 @@ from clawdlets_ops.process import Runner
 from clawdlets_ops.project import Project, load_project
 from clawdlets_ops.secrets.observe import status
 from clawdlets_ops.secrets.status import Row
+
+
+@runtime_checkable
+class ListsServers(Protocol):
+    """A client of the API that lists servers by their labels."""
+
+    def servers_with(self, labels: Mapping[str, str]) -> tuple[Server, ...]: ...
 
 
 def the_cloud(project: Project) -> Cloud:
@@ -39,6 +52,7 @@ def observe(
     budget: Budget | None = None,
     cloud_of: Callable[[Project], Cloud] = the_cloud,
     doors_of: Doors = look_at_doors,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Snapshot:
     """Look at the project ``root`` as far as ``scope`` goes. FleetError when one of ``hosts`` is not declared."""
     root = root.resolve()
@@ -51,7 +65,15 @@ def observe(
     project = fleet if isinstance(fleet, Wrong) else _project(root, environ)
     runner = BoundedRunner(project.environ if isinstance(project, Project) else environ)
     if scope is Scope.CATTLE:
-        return Snapshot(root, chosen, fleet, project, servers=_servers(project, chosen, cloud_of))
+        return Snapshot(
+            root,
+            chosen,
+            fleet,
+            project,
+            servers=_servers(project, chosen, cloud_of),
+            cattle=_cattle(project, cloud_of),
+            static_key_age_days=_static_key_age(fleet, layout, now()),
+        )
     rows = _rows(project, hosts, runner)
     secrets_file = project.secrets_file if isinstance(project, Project) else None
     sealed = attempt(lambda: needles.decrypted([layout], runner) if has_operator_key(layout) else ([], []))
@@ -104,3 +126,32 @@ def _servers(
         return {host: cloud.server(host) for host in hosts}
 
     return attempt(ask)
+
+
+def _cattle(project: Project | Wrong, cloud_of: Callable[[Project], Cloud]) -> tuple[Server, ...] | Blind:
+    """One GET for each 50 servers of the project."""
+    if isinstance(project, Wrong):
+        return Blind(project.why)
+    if not project.fleet.cattle.enabled:
+        return ()
+
+    def ask() -> tuple[Server, ...]:
+        asked = cloud_of(project)
+        if not isinstance(asked, ListsServers):
+            raise CloudError("this client cannot list servers")
+        every = asked.servers_with({})
+        return tuple(one for one in every if CATTLE in one.labels or one.name.startswith("cattle-"))
+
+    return attempt(ask)
+
+
+def _static_key_age(fleet: Fleet | Wrong, layout: Layout, now: datetime) -> int | NotHere:
+    """By sops' own note in the encrypted file."""
+    if isinstance(fleet, Wrong) or fleet.cattle.host is None:
+        return NotHere("there is no static key")
+    try:
+        found = yaml.safe_load(layout.secret_file(fleet.cattle.host, STATIC).read_text(encoding="utf-8"))
+        at = datetime.fromisoformat(str(found["sops"]["lastmodified"]).replace("Z", "+00:00"))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return NotHere("there is no static key")
+    return (now - at).days

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from clawdlets_ops.cattle.labels import missing
 from clawdlets_ops.doctor.bench import TOOLS, Tool
 from clawdlets_ops.doctor.judging import Verdict, beside, failed, passed, settled, unknown, without
 from clawdlets_ops.doctor.snapshot import (
@@ -19,7 +20,6 @@ from clawdlets_ops.doctor.snapshot import (
     Wrong,
 )
 from clawdlets_ops.doctor.store import StoreSearch
-from clawdlets_ops.finding import State
 from clawdlets_ops.hetzner import HOST_LABEL, MANAGED_BY, MANAGER, is_ours
 from clawdlets_ops.layout import RUNTIME_DIR
 
@@ -305,17 +305,46 @@ def labels_are_complete(snapshot: Snapshot) -> Iterator[Verdict]:
             yield failed(f"server {server.id} has the labels: {labels}", host)
 
 
-def cattle_labels_are_complete(snapshot: Snapshot) -> Iterable[Verdict]:
-    """CAT-02."""
-    return [_no_cattle(snapshot)]
+def cattle_labels_are_complete(snapshot: Snapshot) -> Iterator[Verdict]:
+    """CAT-02: what lacks a label is never deleted by us, so it is paid for until somebody does it by hand."""
+    if (without_cattle := _no_cattle(snapshot)) is not None:
+        yield without_cattle
+        return
+    found = snapshot.cattle
+    if found is None or isinstance(found, Blind):
+        yield unknown(found.why if found else "the API was not asked")
+        return
+    faults = [
+        f"{one.name} (id {one.id}) has no proper {', '.join(lacks)}" for one in found if (lacks := missing(one.labels))
+    ]
+    off = sum(one.status == "off" for one in found)
+    paid = f"; {off} of them are switched off, and are paid for" if off else ""
+    yield settled(faults, f"{len(found)} cattle servers, each with the whole label set{paid}")
 
 
-def cattle_key_is_limited(snapshot: Snapshot) -> Iterable[Verdict]:
+def cattle_key_is_limited(snapshot: Snapshot) -> Iterator[Verdict]:
     """UD-05."""
-    return [_no_cattle(snapshot)]
+    without_cattle = _no_cattle(snapshot)
+    if without_cattle is not None or isinstance(snapshot.fleet, Wrong):
+        yield without_cattle or unknown("the fleet file is not acceptable (FLT-01)")
+        return
+    said = snapshot.fleet.cattle.tailnet
+    if said.key != "static":
+        yield passed(
+            f"minted for each machine: ephemeral, for one use, {said.tag}, for {said.key_ttl}; what is not so is not used"
+        )
+        return
+    age = snapshot.static_key_age_days
+    if not isinstance(age, int):
+        old = "how old it is cannot be seen"
+    elif age > said.rotate_after_days:
+        old = f"it is {age} days old, {age - said.rotate_after_days} more than rotateAfterDays: REPLACE IT NOW"
+    else:
+        old = f"it is {age} days old, to be replaced in {said.rotate_after_days - age}"
+    yield failed(f"every machine joins with the same static key; {old}")
 
 
-def _no_cattle(snapshot: Snapshot) -> Verdict:
+def _no_cattle(snapshot: Snapshot) -> Verdict | None:
     if isinstance(snapshot.fleet, Wrong):
-        return Verdict(State.UNKNOWN, "the fleet file is not acceptable (FLT-01)")
-    return beside("no cattle can be declared yet: this version has no part that makes any")
+        return unknown("the fleet file is not acceptable (FLT-01)")
+    return None if snapshot.fleet.cattle.enabled else beside("cattle is not enabled in the fleet file")

@@ -170,7 +170,11 @@ class Field:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One look at a project. A part that the scope does not ask for is None. ``hosts`` are those that were chosen."""
+    """One look at a project. A part that the scope does not ask for is None. ``hosts`` are those that were chosen.
+
+    ``cattle``: every server that carries our cattle label or a name like cattle's. ``static_key_age_days``: since the static
+    auth key of cattle was encrypted last.
+    """
 
     root: Path
     hosts: tuple[str, ...]
@@ -181,3 +185,5 @@ class Snapshot:
     bench: Bench | None = None
     field: Field | None = None
     servers: Mapping[str, Server | None] | Blind | None = None
+    cattle: tuple[Server, ...] | Blind | None = None
+    static_key_age_days: int | NotHere | None = None

@@ -27,7 +27,7 @@ PROGRAMS: Final = "usr/local/bin"
 UNITS: Final = "etc/systemd/system"
 LABEL: Final = {"clawdlets-lab": "cattle-image"}
 
-_WAIT_S = 60.0
+_WAIT_S = 180.0
 _SSHD = "PermitRootLogin no\nAuthorizedKeysFile /run/clawdlets/authorized_keys\nPasswordAuthentication no\n"
 _SETUP = """set -eu
 systemd-sysusers /usr/lib/sysusers.d/clawdlets-cattle.conf

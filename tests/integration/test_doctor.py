@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from clawdlets_ops import age
+from clawdlets_ops.cattle.labels import Brand
 from clawdlets_ops.doctor import deployed
 from clawdlets_ops.doctor.catalogue import CATALOGUE
 from clawdlets_ops.doctor.snapshot import Scope
@@ -37,8 +38,8 @@ from tests.integration.doctor_project import (
 pytestmark = pytest.mark.integration
 
 SCOPE = {check.id: check.scope for check in CATALOGUE}
-NOT_BUILT = {"CAT-02", "UD-05"}
-"""What can only be not applicable as long as nothing makes cattle."""
+OF_CATTLE = {"CAT-02", "UD-05"}
+"""What is not applicable to a fleet without cattle."""
 ALPHA = "secrets/hosts/alpha/discord_token.yaml"
 
 
@@ -256,7 +257,20 @@ FAULTS = [
     Fault("STO-01", _closure),
     Fault("STO-05", _store),
     Fault("CAT-01", lambda p: setattr(p, "cloud", FakeCloud(servers=[server(purpose="canary")]))),
+    Fault("CAT-02", lambda p: _cattle(p, "minted", without="clawdlets-ttl")),
+    Fault("UD-05", lambda p: _cattle(p, "static")),
 ]  # fmt: skip
+
+
+def _cattle(patient, key, without=""):
+    alpha = {**HOST, "tailnet": {"mode": "tailscale"}}
+    patient.fleet(hosts={"alpha": alpha}, cattle={"enabled": True, "host": "alpha", "tailnet": {"key": key}})
+    brand = Brand(
+        "alpha", "0f9c2a34-5b6d-4e7f-8a9b-0c1d2e3f4a5b", "0123456789abcdef", "rex", "maren", 60, 1_800_000_000
+    )
+    labels = {name: value for name, value in brand.labels({}).items() if name != without}
+    one = replace(server(), id=77, name="cattle-rex-0f9c2a345b6d", labels=labels)
+    patient.cloud = FakeCloud(servers=[server(), one])
 
 
 def _foreign_value(patient, value):
@@ -287,9 +301,15 @@ def test_a_seeded_fault_turns_exactly_that_check_red(patient, fault, monkeypatch
     assert all(finding.observed and finding.fix for finding in red)
 
 
-def test_every_check_has_a_red_test_but_those_about_what_is_not_built(patient):
-    assert {fault.id for fault in FAULTS} | NOT_BUILT == set(SCOPE)
-    assert ids(patient.diagnose(Scope.CATTLE), State.NOT_APPLICABLE) == NOT_BUILT
+def test_every_check_has_a_red_test(patient):
+    assert {fault.id for fault in FAULTS} == set(SCOPE)
+    assert ids(patient.diagnose(Scope.CATTLE), State.NOT_APPLICABLE) == OF_CATTLE
+
+
+def test_cattle_with_all_labels_and_minted_keys_is_green(patient):
+    _cattle(patient, "minted")
+    found = patient.diagnose(Scope.CATTLE)
+    assert ids(found, State.PASS) >= OF_CATTLE, [each.finding for each in found.judged]
 
 
 def test_a_host_installed_with_an_older_set_is_unknown_not_current(patient):
