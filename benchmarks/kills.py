@@ -105,8 +105,8 @@ class Round:
         lay_out(folder, document, cache=ROOT / ".cache", environ=self.shell)
 
     def go(self, kills: int) -> None:
-        control.up(self.layout, self.shell)
         try:
+            control.up(self.layout, self.shell)
             for number in range(kills):
                 aim = STAGES[number * len(STAGES) // kills] if self.aimed else ""
                 within_s = min(self.within_s, FIRST_WITHIN_S) if number == 0 else self.within_s
