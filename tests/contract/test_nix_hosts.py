@@ -396,6 +396,8 @@ def _sshd(openssh: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _effective(config: Path, folder: Path) -> list[str]:
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # Debian's sshd wants it, for -T too
     key = folder / "host_key"
     if not key.exists():
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
