@@ -195,7 +195,7 @@ def test_all_faults_are_named_at_once(orchestrator: Process) -> None:
         b"[" * 100_000,
         b'{"kind":"later","payload":{"text":"\\ud800"},"protocolVersion":1}',
         b'{"priority":' + b"9" * 5000 + b"}",
-        os.urandom(4096),
+        bytes(range(256)) * 16,
         b"",
     ],
     ids=lambda raw: repr(raw[:12]),
