@@ -204,7 +204,8 @@ class Queue:
                 raise NotCancelable(row["status"])
             if row["cancel_requested_at"] is not None:
                 return
-            if row["status"] == Status.QUEUED and row["attempt"] == 0:
+            # An attempt that was given back does not count, but what it wrote down may stand for something that is there.
+            if row["status"] == Status.QUEUED and row["attempt"] == 0 and not json.loads(row["state_json"]):
                 changes: dict[str, Any] = {"status": Status.CANCELED.value, "finished_at": now}
             else:
                 changes = {"cancel_requested_at": now}

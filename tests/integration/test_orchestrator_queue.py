@@ -484,7 +484,7 @@ def test_a_worker_says_what_became_of_a_job(queue: Queue, clock: HandClock) -> N
     assert [event.message for event in queue.events(ids["done"])] == ["", "w", "half-way", ""]
 
 
-@pytest.mark.parametrize("when", ["during", "too-late", "before"])
+@pytest.mark.parametrize("when", ["during", "too-late", "before", "given-back"])
 def test_a_canceled_job_is_cleaned_up(queue: Queue, clock: HandClock, when: str) -> None:
     cleaned: list[Any] = []
 
@@ -492,6 +492,8 @@ def test_a_canceled_job_is_cleaned_up(queue: Queue, clock: HandClock, when: str)
         context.remember(serverName="cattle-1")
         if when == "before":
             raise Retry("later", after_s=0)
+        if when == "given-back":
+            raise Stopping(job.job_id)
         queue.cancel(job.job_id)
         if when == "during":
             context.check()
@@ -507,7 +509,7 @@ def test_a_canceled_job_is_cleaned_up(queue: Queue, clock: HandClock, when: str)
     worker = Worker(queue, [kind(handler, clean_up=clean_up)], name="w", clock=clock)
     job_id = queue.enqueue("work", {}, requester="a")
     assert worker.run_one()
-    if when == "before":
+    if when in ("before", "given-back"):
         queue.cancel(job_id)
         assert worker.run_one()
     clock.now += backoff_ms(2)
