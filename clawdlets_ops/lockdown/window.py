@@ -156,7 +156,8 @@ def close_window(
     say: Say = lambda _: None,
 ) -> Exposure:
     """Close the edge, then the host, and look from outside; again, nothing is changed. LockdownError when something is still
-    open, or the host could not be told and does not close by itself."""
+    open, or the host could not be told and does not close by itself, and when what is open is no window: a door that is
+    open since before a lockdown is closed by one, which proves first that there is another."""
     declared = project.fleet.host(host)
     if declared.ssh_exposure.mode != "tailnet":
         raise _not_locked(host, declared)
@@ -164,6 +165,7 @@ def close_window(
         firewall = cloud.firewall(provision.firewall_name(host))
         if firewall is None:
             raise LockdownError("its firewall is not there", where=host, fix="run the provision stage")
+        _refuse_without_window(host, firewall)
         labels = {name: value for name, value in firewall.labels.items() if name != WINDOW_LABEL}
         rules = provision.edge_rules(declared, window_open=False)
         order = _order_of(project, host, firewall, server, pin, rules, labels, timedelta(minutes=5), None, (), "")
@@ -201,6 +203,17 @@ def _not_locked(host: str, declared: Host) -> LockdownError:
         where=f"hosts.{host}.sshExposure.mode",
         fix="its admin networks are provisioning.adminCidrs; change these and provision, or declare tailnet and lock down",
     )
+
+
+def _refuse_without_window(host: str, firewall: Firewall) -> None:
+    """LockdownError when tcp/22 is open at the edge by other rules than a window's, and no label says that there is one. Pure."""
+    others = [rule for rule in firewall.rules if rule.covers_tcp(22) and not rule.description.startswith(WINDOW_RULE)]
+    if others and WINDOW_LABEL not in firewall.labels:
+        raise LockdownError(
+            "has no window: tcp/22 is open at the edge by other rules, and nothing was closed",
+            where=host,
+            fix=f"clawdlets lockdown --host {host}, which proves the tailnet before it closes anything",
+        )
 
 
 def _locked_firewall(project: Project, host: str, declared: Host, cloud: Cloud, server: Server) -> Firewall:

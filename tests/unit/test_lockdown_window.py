@@ -12,12 +12,13 @@ import pytest
 
 from clawdlets_ops import provision, workflow
 from clawdlets_ops.commands.lockdown import choose
-from clawdlets_ops.errors import FleetError, LockdownError, SettingsError
+from clawdlets_ops.errors import FleetError, LockdownError, SettingsError, UnreachableError
 from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.hetzner import WINDOW_LABEL, WINDOW_RULE, Firewall, FirewallRule, Server
 from clawdlets_ops.journal import Journal
 from clawdlets_ops.layout import Layout
-from clawdlets_ops.lockdown import open_until, parse_duration, parse_networks
+from clawdlets_ops.lockdown import close_window, open_until, parse_duration, parse_networks
+from clawdlets_ops.lockdown import host as on_host
 from clawdlets_ops.project import Project
 from clawdlets_ops.pyinfra_plugin.canaries import failed_canaries
 from clawdlets_ops.testing import FakeCloud, FakeRunner
@@ -130,6 +131,40 @@ def test_which_hosts_are_meant(tmp_path: Path) -> None:
         choose(made, ("aa",), every=False)
     with pytest.raises(LockdownError, match="no host is declared tailnet"):
         choose(project(tmp_path, b="public"), (), every=True)
+
+
+ADMINS = FirewallRule("in", "tcp", "22", ("203.0.113.0/24",), "SSH for the admin networks")
+
+
+@pytest.mark.parametrize(
+    ("labels", "rules", "closed"),
+    [
+        ({}, (ADMINS, UDP), False),  # open since before a lockdown: that there is another way in was never proved
+        ({}, (ADMINS, WINDOW, UDP), False),
+        ({WINDOW_LABEL: "20261127T120000Z"}, (WINDOW, UDP), True),
+        ({}, (WINDOW, UDP), True),
+    ],
+)
+def test_only_a_window_is_closed_without_a_proof(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    labels: dict[str, str],
+    rules: tuple[FirewallRule, ...],
+    closed: bool,
+) -> None:
+    server = Server(7, "a", "running", {}, "cx23", "nbg1", "192.0.2.9", None, {3: "applied"})
+    cloud = FakeCloud(servers=[server], firewalls=[Firewall(3, "a-edge", labels, tuple(sorted(rules)))])
+
+    def unreachable(targets: object, words: str) -> None:
+        raise UnreachableError("no way in", where="a")
+
+    monkeypatch.setattr(on_host, "tell_by_any", unreachable)
+    monkeypatch.setattr(on_host, "tailnet_addresses", lambda *_: {})
+    monkeypatch.setattr(Project, "ssh_identity_file", lambda _, host: tmp_path / host)
+    said = "the edge is closed, and the host could not be told" if closed else "has no window"
+    with pytest.raises(LockdownError, match=said):
+        close_window(project(tmp_path, a="tailnet"), "a", runner=FakeRunner(), cloud=cloud, server=server, pin="x")
+    assert cloud.firewalls[0].ssh_is_open is not closed
 
 
 def test_a_host_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
