@@ -40,6 +40,8 @@ from clawdlets_ops.project import HETZNER_ENDPOINT
 
 log = logging.getLogger("clf.daemon")
 
+ITSELF = "operator:orchestrator"
+"""Who asks for what is asked for by itself: no bot can be called so, nor take its idempotency keys."""
 PRUNE_EVERY_S = 3600.0
 LISTEN_AGAIN_S = 5.0
 STOP_S = 30.0
@@ -270,7 +272,7 @@ class Daemon:
                     self._queue.enqueue,
                     kind,
                     {},
-                    requester="orchestrator",
+                    requester=ITSELF,
                     idempotency_key=f"{kind}-{period}",
                     max_attempts=of.max_attempts,
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
+from clawdlets_ops.orchestrator.app import Answer, read_object
 from clawdlets_ops.orchestrator.client import Client, ClientError, Exit
 from tests.integration.orchestrator_process import (
     BOT,
@@ -204,6 +207,19 @@ def test_garbage_is_400_and_changes_nothing(orchestrator: Process, raw: bytes) -
     before = len(orchestrator.ask("GET", "/v1/jobs?limit=500").body["jobs"])
     assert orchestrator.ask("POST", "/v1/jobs/enqueue", raw).status == 400
     assert len(orchestrator.ask("GET", "/v1/jobs?limit=500").body["jobs"]) == before
+
+
+@pytest.mark.parametrize(("number", "kept"), [("1e308", True), ("1e309", False), ("-1e999", False)])
+def test_a_number_that_is_none_in_json_is_not_kept(number: str, kept: bool) -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b'{"x":%s}' % number.encode(), "more_body": False}
+
+    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    if kept:
+        assert asyncio.run(read_object(request, 100)) == {"x": 1e308}
+        return
+    with pytest.raises(Answer, match="is larger than any number"):
+        asyncio.run(read_object(request, 100))
 
 
 def test_a_body_ten_times_too_large_is_413_before_it_is_read(orchestrator: Process) -> None:
