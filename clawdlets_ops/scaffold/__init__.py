@@ -53,6 +53,7 @@ def plan(name: str, host: str, wish: declare.Wish, *, origin: Source, rehearsal:
     parse_fleet(fleet, where=FLEET_FILE)
     values = {
         "name": name,
+        "name_in_nix": _within_nix_quotes(name),
         "host": host,
         "source": origin.flake,
         "requirement": origin.requirement,
@@ -102,6 +103,11 @@ def starter(host: str, wish: declare.Wish) -> dict[str, Any]:
         "schemaVersion": fleetfile.SCHEMA_VERSION,
         "hosts": {host: entry},
     }
+
+
+def _within_nix_quotes(text: str) -> str:
+    """``text`` as it stands between the quotes of a string of Nix, where ``${`` begins code."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
 
 
 def _template(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -184,7 +185,7 @@ class _told:
 
 def _sweep(place: Path) -> None:
     """Remove what a killed run left beside ``place``; what another run still holds stays."""
-    for left in place.parent.glob(f".{place.name}.*{SUFFIX}"):
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*{SUFFIX}"):
         if left.is_symlink() or not left.is_dir():
             continue
         with suppress(OSError), _Held(left):

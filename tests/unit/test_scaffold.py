@@ -164,3 +164,13 @@ def test_where_an_installation_is_from_is_what_pip_wrote_down() -> None:
     ):
         assert installed_from(noted) == UNLOCATED
     assert not source(UNLOCATED).located
+
+
+@pytest.mark.parametrize("name", ["fleet", 'a"b', "a${throw 1}b", "a$${1}b", r"a\\", "a\\", r"\${x}"])
+def test_the_name_of_a_folder_is_text_in_the_flake(name: str) -> None:
+    flake = scaffold.plan(name, "alpha", WISH, origin=HUB).files["flake.nix"]
+    found = re.search(r'description = "((?:[^"\\]|\\.)*)";\n', flake)
+    assert found is not None
+    unescaped = re.sub(r"\\.", "-", found[1])
+    assert "${" not in unescaped
+    assert re.sub(r"\\(.)", r"\1", found[1]) == f"The fleet {name}"
