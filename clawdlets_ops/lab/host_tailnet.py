@@ -11,6 +11,7 @@ import shlex
 from importlib import resources
 from pathlib import Path
 
+from clawdlets_ops import hostfiles
 from clawdlets_ops.errors import LabError
 from clawdlets_ops.lab.headscale import REAL, Programs, node_environment, up_words
 from clawdlets_ops.lab.registry import read_record
@@ -32,6 +33,7 @@ ExecStart={programs}/tailscaled --no-logs-no-support --port=41641 --tun=tailscal
 --state=/var/lib/tailscale/tailscaled.state --socket=/run/tailscale/tailscaled.sock
 Restart=on-failure
 RuntimeDirectory=tailscale
+{service}
 StateDirectory=tailscale
 StateDirectoryMode=0700
 [Install]
@@ -60,7 +62,9 @@ Files = dict[str, tuple[int, bytes]]
 def tailscaled_unit(programs: str) -> str:
     """``tailscaled.service`` of a guest, whose programs are in this folder."""
     environment = "\n".join(f"Environment={key}={value}" for key, value in node_environment(Path(CERTIFICATE)).items())
-    return _TAILSCALED.format(environment=environment, programs=programs)
+    # As NixOS has it: nix/modules/tailscale.nix.
+    service = "\n".join(f"{key}={value}" for key, value in hostfiles.data("tailnet.json")["service"].items())
+    return _TAILSCALED.format(environment=environment, programs=programs, service=service)
 
 
 def join_program() -> bytes:

@@ -7,6 +7,8 @@ let
 in
 lib.mkIf (c.tailnet.mode == "tailscale") {
   services.tailscale = { enable = true; openFirewall = false; port = hostfiles.tailnet.udpPort; interfaceName = hostfiles.tailnet.interface; useRoutingFeatures = "none"; };
+  # Its folder in /run outlives a restart: when it goes, the wall that hides it from running bots goes with it.
+  systemd.services.tailscaled.serviceConfig = hostfiles.tailnet.service;
   environment.etc = lib.mkIf c.tailnet.allowUdpIngress { "clawdlets/tailscale".text = ""; };
   systemd.services.tailscaled-autoconnect = {
     description = "Join the tailnet";

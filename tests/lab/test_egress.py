@@ -21,6 +21,7 @@ import pytest
 
 from clawdlets_ops import egress
 from clawdlets_ops.bots import bot_unit
+from clawdlets_ops.hostfiles import data
 from clawdlets_ops.lab import control
 from clawdlets_ops.lab.addressing import METADATA, RESOLVERS, Addressing
 from clawdlets_ops.lab.installer import PATHS
@@ -394,6 +395,33 @@ def test_other_ways_out_of_a_confined_unit(field: Range) -> None:
         == ["open"] * 8
     )
     assert "open" not in field.run("bot-maren", [one for one in sideways if one["do"] != "unix"])
+
+
+def test_the_socket_of_tailscale_stays_hidden_when_tailscale_restarts(field: Range) -> None:
+    """The lab of this module has no tailscaled: a unit that makes the same socket in the same folder plays it."""
+    field.become("proxy-allowlist")
+    path = "/run/tailscale/tailscaled.sock"
+    program = f"import os, socket, time; s = socket.socket(1); s.bind('{path}'); os.chmod('{path}', 0o666); s.listen(); time.sleep(900)"
+    tries = [{"do": "unix", "path": path}]
+
+    def played(keep: str) -> str:
+        """What a running bot comes to when such a unit has been stopped and started."""
+        for _ in range(2):
+            field.sh(
+                f"systemctl stop played-tailscaled || :; rm -f {path}; systemd-run -q --collect "
+                f'--unit=played-tailscaled -p RuntimeDirectory=tailscale {keep} python3 -c "{program}"'
+            )
+            field.until(f"test -S {path}")
+        assert field.run("root", tries) == ["open"]
+        return field.run("unit:maren", tries)[0]
+
+    try:
+        assert played(" ".join(f"-p {key}={value}" for key, value in data("tailnet.json")["service"].items())) != "open"
+        # The other way round: a folder that goes takes the wall with it.
+        assert played("") == "open"
+    finally:
+        field.sh("systemctl stop played-tailscaled || :; systemctl restart clawdlets-egress")
+        field.mode = ""  # The bots start anew, with the wall in its place.
 
 
 def test_each_wall_holds_without_the_others(field: Range) -> None:
