@@ -176,6 +176,16 @@ trustedusercakeys none
 hostkey /etc/ssh/ssh_host_ed25519_key"""
 
 
+def mail_out(*users: str) -> str:
+    """Every attempt dropped, of these users' (root and bot-maren when none are named)."""
+    return "\n".join(
+        f"{user} {address} {port} dropped"
+        for address in ("192.0.2.1", "2001:db8::1")
+        for user in users or ("root", "bot-maren")
+        for port in MAIL["set"]
+    )
+
+
 def good_sections(mode: str = "tailnet") -> dict[str, str]:
     expected = make_expected()
     pairs = [(user, source) for user in expected["sshdUsers"] for source in expected["sshdSources"]]
@@ -226,7 +236,7 @@ def good_sections(mode: str = "tailnet") -> dict[str, str]:
         "survivors": "100.64.7.10:22 100.64.7.1:40022\n[fd7a:115c:a1e0:7::a]:22 [fd7a:115c:a1e0:7::1]:40024",
         "tailscale-self": "absent",
         "metadata": "admin closed\nbot-maren closed\nbot-otto closed\nnobody closed\nroot open",
-        "mail-out": "192.0.2.1 dropped 4\n2001:db8::1 dropped 5",
+        "mail-out": mail_out(),
         "nft": json.dumps({"nftables": good_ruleset()}),
         "tailscale": "absent",
         "files": "\n".join(files),
@@ -385,6 +395,16 @@ def appended(name: str, line: str) -> Callable[[World], None]:
     return seed
 
 
+def tried_by(user: str) -> Callable[[World], None]:
+    """Mail was tried by that user alone, on a host that has a bot."""
+
+    def seed(world: World) -> None:
+        world["expected"]["egress"]["bots"].append({"user": "bot-maren", "mode": "smtp-only"})
+        world["facts"]["sections"]["mail-out"]["text"] = mail_out(user)
+
+    return seed
+
+
 def cloud_rule(**rule: Any) -> Callable[[World], None]:
     return lambda world: world["expected"]["cloud"]["firewalls"][0]["rules"].append({"direction": "in", **rule})
 
@@ -481,8 +501,9 @@ FAULTS: list[tuple[str, str, Callable[[World], None]]] = [
     ("SSH-10", "group 1", text_edit("sshd-crypto", "curve25519-sha256", "curve25519-sha256,diffie-hellman-group1-sha1")),
     ("EGR-02", "output alone", edit_rules(lambda objects: objects.pop(9))),
     ("EGR-02", "from docker0 only", edit_rules(lambda objects: objects[9]["rule"]["expr"].insert(0, match(IIF, "docker0")))),
-    ("EGR-03", "it answered", appended("mail-out", "192.0.2.1 587 open")),
-    ("EGR-03", "dropped elsewhere", text_edit("mail-out", "2001:db8::1 dropped 5", "2001:db8::1 dropped 0")),
+    ("EGR-03", "it answered", appended("mail-out", "root 192.0.2.1 587 open")),
+    ("EGR-03", "dropped elsewhere", text_edit("mail-out", "root 2001:db8::1 465 dropped", "root 2001:db8::1 465 passed")),
+    ("EGR-03", "dropped for root alone", text_edit("mail-out", "bot-maren 192.0.2.1 25 dropped", "bot-maren 192.0.2.1 25 passed")),
     ("UD-04", "a bot", text_edit("metadata", "bot-maren closed", "bot-maren open")),
     ("EXP-04", "stranger", cell("stranger", 4, "yes")),
     ("EXP-04", "operator", cell("operator", 4, "yes")),
@@ -764,7 +785,12 @@ def test_nobody_but_the_operator_sees_the_node_and_then_nobody() -> None:
         ("UD-04", text_edit("metadata", "root open", "root closed")),
         ("EXP-07", lambda world: world["facts"]["sections"]["survivors"].update(text="")),
         ("EXP-10", text_edit("exposure-now", "armed=no", "armed=perhaps")),
-        ("EGR-03", text_edit("mail-out", "2001:db8::1 dropped 5", "2001:db8::1 unreachable")),
+        ("EGR-03", appended("mail-out", "root 2001:db8::1 unreachable")),
+        ("EGR-03", text_edit("mail-out", "root 2001:db8::1 465 dropped", "root 2001:db8::1 465 untried")),
+        ("EGR-03", text_edit("mail-out", "root 2001:db8::1 465 dropped\n", "")),
+        ("EGR-03", text_edit("mail-out", "root 2001:db8::1 465 dropped", "2001:db8::1 dropped 5")),
+        ("EGR-03", tried_by("root")),
+        ("EGR-03", tried_by("bot-maren")),
         ("TS-03", text_edit("tailscale-self", "absent", '"BackendState": "Running",\n"KeyExpiry": "soon"')),
     ],
 )

@@ -180,36 +180,60 @@ def test_mail_ports_are_dropped_for_containers_too(
     id="EGR-03",
     severity="high",
     claim=EGRESS,
-    expect="no attempt opens, and the counters of our own rules move",
+    expect="no attempt opens, of root's or of a bot's, and the counters of our own rules move for each",
     fix="look at EGR-01; a drop upstream is not ours: only a counter that moves shows that this host's rule works",
 )
 def test_mail_does_not_go_out(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
-    """Real attempts from the host to mail ports of addresses that are nobody's, and whether the rule's counter moved."""
-    if expected["egress"]["mode"] == "none":
+    """Real attempts to mail ports of addresses that are nobody's, as root and as a bot, and whether the rule's counter moved."""
+    egress = expected["egress"]
+    if egress["mode"] == "none":
         raise NotApplicable("egress.mode is none: NOTHING is held back, mail included")
-    attempts = len(expected["egress"]["droppedTcpPorts"])
-    faults, unknown, seen = [], [], []
+    ports = {str(port) for port in egress["droppedTcpPorts"]}
+    dropped: dict[tuple[str, int], set[str]] = {}
+    faults, unknown, no_way = [], [], set()
     for line in section(facts, "mail-out").splitlines():
-        address, *words = line.split()
-        family = 6 if ":" in address else 4
-        match words:
-            case [port, "open"]:
-                faults.append(f"{address} answered on tcp/{port}")
-            case ["unreachable"]:
-                if str(family) in expected["addresses"]["public"]:
-                    unknown.append(f"the host has no way out over IPv{family}")
-                seen.append(f"no way out over IPv{family}")
-            case ["dropped", number] if number.isdigit():
-                if int(number) < attempts:
-                    faults.append(
-                        f"{number} of {attempts} attempts over IPv{family} were dropped by a rule that counts"
-                    )
-                seen.append(f"{number} packets dropped over IPv{family}")
+        match line.split():
+            case [user, address, port, "open" | "passed" | "dropped" | "untried" as result] if port in ports:
+                family = 6 if ":" in address else 4
+                tried = dropped.setdefault((user, family), set())
+                if user in egress["mayMail"]:
+                    continue
+                if result == "dropped":
+                    tried.add(port)
+                elif result == "untried":
+                    unknown.append(f"it was not seen that {user} tried {address} on tcp/{port}")
+                else:
+                    what = "answered" if result == "open" else "was not dropped by a rule that counts"
+                    faults.append(f"{address} on tcp/{port}, tried by {user}, {what}")
+            case [user, address, "unreachable"]:
+                family = 6 if ":" in address else 4
+                dropped.setdefault((user, family), set())
+                no_way.add(family)
             case _:
                 raise Unknown(f"a line is not understood: {line[:200]!r}")
+    bots = {bot["user"] for bot in egress["bots"]} - set(egress["mayMail"])
+    users = {user for user, _ in dropped} - set(egress["mayMail"])
+    who = ", ".join(sorted(users))
+    seen = [
+        f"no way out over IPv{family}" if family in no_way else f"attempts of {who} dropped over IPv{family}"
+        for family in (4, 6)
+    ]
     text = settle(faults, "; ".join(seen))
-    if unknown or len(seen) < 2:
-        raise Unknown("; ".join(unknown) or "not both families were tried")
+    unknown += [
+        f"the host has no way out over IPv{one}"
+        for one in sorted(no_way)
+        if str(one) in expected["addresses"]["public"]
+    ]
+    if "root" not in users or (bots and not bots & users):
+        unknown.append("not both root and a bot tried")
+    unknown += [
+        f"{user} did not try every port over IPv{family}"
+        for user in sorted(users)
+        for family in (4, 6)
+        if family not in no_way and dropped.get((user, family)) != ports
+    ]
+    if unknown:
+        raise Unknown("; ".join(unknown[:3]))
     observe(text)
 
 
