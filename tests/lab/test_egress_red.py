@@ -37,6 +37,10 @@ SEEDS = [
     Seed("an entry that nobody declared", "PXY-04", "echo .evil.example >>/etc/clawdlets/egress/bot-maren.domains", "sed -i /evil/d /etc/clawdlets/egress/bot-maren.domains"),
     Seed("a bot that may ask the system bus", "PXY-05", drop_in("InaccessiblePaths="), UNDO_UNIT),
     Seed("a bot that may make packets of its own", "PXY-06", drop_in("RestrictAddressFamilies=AF_PACKET"), UNDO_UNIT),
+    Seed("a bot that may use sudo", "PXY-06", "echo 'bot-maren ALL=(root) NOPASSWD: /bin/true' >/etc/sudoers.d/seed", "rm /etc/sudoers.d/seed"),
+    Seed("a bot whose session lingers", "PXY-06", "mkdir -p /var/lib/systemd/linger; touch /var/lib/systemd/linger/bot-maren", "rm /var/lib/systemd/linger/bot-maren"),
+    Seed("a bot with a job of cron", "PXY-06", "echo '@daily bot-maren /bin/true' >/etc/cron.d/seed", "rm /etc/cron.d/seed"),
+    Seed("a bot that may command a container engine", "PXY-05 PXY-06", "systemd-run -q --unit=engine python3 -c 'import os, socket as s, time as t; x = s.socket(s.AF_UNIX); x.bind(\"/run/docker.sock\"); os.chmod(\"/run/docker.sock\", 0o666); x.listen(); t.sleep(900)'; until [ -S /run/docker.sock ]; do sleep 0.1; done", "systemctl stop engine; rm /run/docker.sock"),
     Seed("a bot that starts without the rules", "PXY-07", f"cp -p /etc/systemd/system/{UNIT} /run/kept-unit; sed -i /^Requires=/d /etc/systemd/system/{UNIT}; {RELOAD}", f"cp -p /run/kept-unit /etc/systemd/system/{UNIT}; {RELOAD}"),
     Seed("a list that lost its entry", "PXY-08", "sed -i /api/d /etc/clawdlets/egress/bot-maren.domains", "echo api.example.net >>/etc/clawdlets/egress/bot-maren.domains"),
 ]  # fmt: skip

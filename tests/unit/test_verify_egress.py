@@ -41,6 +41,7 @@ def good() -> str:
         tries += f"try maren {where} 192.0.2.1:9 denied\ntry maren {where} 2001:db8::1:9 denied\n"
     tries += "try maren unit 127.0.0.53:53 denied\ntry maren unit 185.12.64.1:53 denied\n"
     sockets = "socket maren /run/nscd/socket absent\nsocket maren /run/dbus/system_bus_socket hidden\n"
+    sockets += "".join(f"door maren {kind} no\n" for kind in ("sudo", "linger", "job", "socket"))
     asked = "".join(f"ask maren 403 {request}\n" for request in REQUESTS) + "ask maren 200 CONNECT example.org:443\n"
     return f"{tries}list host 3128 .example.org api.example.net\nlist bot-maren 3129 .example.org api.example.net\n{SHOW}{sockets}{asked}"
 
@@ -147,6 +148,10 @@ def swap(old: str, new: str) -> Change:
         ("PXY-06", swap("NoNewPrivileges=yes", "NoNewPrivileges=no")),
         ("PXY-06", swap("AF_UNIX AF_INET6 AF_INET", "AF_UNIX AF_PACKET AF_INET")),
         ("PXY-06", swap("RestrictAddressFamilies=AF_UNIX AF_INET6 AF_INET", "RestrictAddressFamilies=")),
+        ("PXY-06", swap("door maren sudo no", "door maren sudo yes")),
+        ("PXY-06", swap("door maren linger no", "door maren linger yes")),
+        ("PXY-06", swap("door maren job no", "door maren job no\ndoor maren job yes /etc/cron.d/seed")),
+        ("PXY-06", swap("door maren socket no", "door maren socket no\ndoor maren socket yes /run/docker.sock")),
         ("PXY-07", swap("Requires=clawdlets-egress.service system.slice", "Requires=system.slice")),
         ("PXY-08", swap("ask maren 200 CONNECT", "ask maren 403 CONNECT")),
         ("PXY-08", swap("list bot-maren 3129 .example.org api.example.net", "list bot-maren 3129 .example.org")),
@@ -170,6 +175,8 @@ def test_one_fault_turns_one_check_red(checks: str, change: Change) -> None:
         ("PXY-05", lambda text: text.replace(":53 denied", ":53 failed")),
         ("PXY-02", swap("try maren outside 2001:db8::1:9 denied\n", "")),
         ("PXY-01 PXY-04 PXY-05 PXY-06 PXY-07 PXY-08", swap("ActiveState=active", "ActiveState=activating")),
+        ("PXY-06", swap("door maren sudo no", "door maren sudo unknown")),
+        *(("PXY-06", swap(f"door maren {kind} no\n", "")) for kind in ("sudo", "linger", "job", "socket")),
         ("PXY-04", swap("ask maren 403 CONNECT 10.96.0.1:443", "ask maren none CONNECT 10.96.0.1:443")),
         ("PXY-04", swap("ask maren 403 CONNECT 10.96.0.1:443\n", "")),
         ("PXY-08", swap("ask maren 200 CONNECT example.org:443\n", "")),

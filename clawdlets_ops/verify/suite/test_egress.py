@@ -17,6 +17,13 @@ PROXY = "start a local HTTP proxy on loopback"
 THROUGH = "require all outbound HTTP(S) to go through the proxy"
 LIST = "enforce a domain allowlist at the proxy layer"
 LOOPBACK = {"127.0.0.1/32", "::1/128"}
+# What a bot's user could start something with outside its unit, in the words of clawdlets-egress.
+DOORS = {
+    "sudo": "may run commands with sudo",
+    "linger": "has a session that lingers",
+    "job": "has a job of cron or at",
+    "socket": "may write to the socket of a container engine",
+}
 DENIED, FORBIDDEN = "denied", "403"
 
 
@@ -39,6 +46,7 @@ class Seen:
         self.tries: dict[tuple[str, str], dict[str, str]] = {}
         self.sockets: dict[str, dict[str, str]] = {}
         self.asked: dict[str, dict[str, str]] = {}
+        self.doors: dict[tuple[str, str], list[tuple[str, str]]] = {}
         for line in section(facts, "egress").splitlines():
             match line.split():
                 case ["show", bot, *_]:
@@ -52,6 +60,8 @@ class Seen:
                     self.sockets.setdefault(bot, {})[path] = result
                 case ["ask", bot, status, *request] if request:
                     self.asked.setdefault(bot, {})[" ".join(request)] = status
+                case ["door", bot, kind, "no" | "yes" | "unknown" as result, *what] if kind in DOORS:
+                    self.doors.setdefault((bot, kind), []).append((result, " ".join(what)))
                 case []:
                     continue
                 case _:
@@ -243,14 +253,16 @@ def test_names_do_not_leak(expected: dict[str, Any], facts: dict[str, Any], obse
     severity="high",
     vantage="host",
     claim=THROUGH,
-    expect="no new privileges, no packet sockets, no sudo rule and no lingering session for a bot's user",
-    fix="the unit's directives are those of hostfiles/hardening.json; a bot's user is in no group but its own and clf-bots",
+    expect="no new privileges, no packet sockets; for a bot's user no group of others, no rule of sudo, no lingering session, no job "
+    "of cron or at, no container engine that it may command",
+    fix="the unit's directives are those of hostfiles/hardening.json; a bot's user is in no group but its own and clf-bots; "
+    "take the rule or the job away, loginctl disable-linger",
 )
 def test_there_is_no_side_door(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
-    """What of the unit and its user would lead around the other walls."""
+    """What of the unit and its user would lead around the other walls, as the host's own programs see it."""
     bots, seen = confined(expected), Seen(facts)
     groups = _groups(facts)
-    faults = []
+    faults, unseen = [], []
     for bot in bots:
         unit = seen.unit(bot["name"])
         if unit.get("NoNewPrivileges") != "yes":
@@ -262,7 +274,15 @@ def test_there_is_no_side_door(expected: dict[str, Any], facts: dict[str, Any], 
             )
         for group in sorted(groups.get(bot["user"], set()) - {"clf-bots"}):
             faults.append(f"{bot['user']} is in the group {group}")
-    observe(settle(faults, f"{_names(bots)}: no new privileges, three address families, no group of others"))
+        for kind, words in DOORS.items():
+            found = seen.doors.get((bot["name"], kind), [])
+            faults += [f"{bot['user']} {words} {what}".rstrip() for result, what in found if result == "yes"]
+            if not found or any(result == "unknown" for result, _ in found):
+                unseen.append(f"whether {bot['user']} {words}")
+    text = settle(faults, f"{_names(bots)}: no new privileges, three address families, no other way to start something")
+    if unseen:
+        raise Unknown(f"it was not seen {unseen[0]}")
+    observe(text)
 
 
 @pytest.mark.check(
