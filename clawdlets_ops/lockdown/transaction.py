@@ -137,7 +137,7 @@ class _Run:
                 raise LockdownError(f"port 22 is not reachable over the tailnet: {', '.join(blocked)}", where=host)
             self.say(f"probed from outside and inside{_unknown(after)}")
             guard.check()
-            on_host.tell(inside, f"confirm tailnet {order.owner}")
+            confirm(inside, order.owner)
         except ClawdletsError as error:
             raise self._undone(error, order, guard, addresses) from error
         self.say("confirmed on the host: old sessions are ended, its mode is kept")
@@ -275,6 +275,20 @@ class _Run:
         signature, why = sign(path, self.base.identity_file, runner=self.runner)
         self.say(f"the report is {path.name}, {'signed' if signature else f'not signed: {why}'}")
         return path, signature
+
+
+def confirm(inside: ssh.Target, owner: str) -> None:
+    """Have the host keep its mode. Where the answer was lost, the host is asked what became of it: past the point of no return
+    nothing is undone. ClawdletsError when it is not closed for good, or does not say."""
+    try:
+        on_host.tell(inside, f"confirm tailnet {owner}")
+    except ClawdletsError as error:
+        try:
+            done = on_host.read_account(inside).closed_for_good
+        except ClawdletsError:
+            done = False
+        if not done:
+            raise error from None
 
 
 def without_window(rules: tuple[FirewallRule, ...], declared: Host) -> tuple[FirewallRule, ...]:
