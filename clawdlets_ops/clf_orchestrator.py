@@ -5,9 +5,11 @@ Exit status: 0 told to stop; 1 it could not begin or go on, with the reason in t
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -15,7 +17,7 @@ import click
 from clawdlets_ops.cattle.wiring import make_work
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.layout import ORCHESTRATOR_CONFIG
-from clawdlets_ops.orchestrator import daemon
+from clawdlets_ops.orchestrator import daemon, evidence
 
 
 @click.command()
@@ -27,13 +29,18 @@ from clawdlets_ops.orchestrator import daemon
     show_default=True,
 )
 @click.option("--check", is_flag=True, help="Only read the configuration and open the store.")
-def clf_orchestrator(path: Path, check: bool) -> None:
+@click.option("--facts", is_flag=True, help="As root: what a verification wants to know, as one JSON document.")
+def clf_orchestrator(path: Path, check: bool, facts: bool) -> None:
     """Serve bots on the unix socket and machines on the tailnet."""
     try:
         config = daemon.read_config(path)
         if check:
             daemon.open_store(config, daemon.secret_files(config, os.environ)).close()
             click.echo("ok")
+            return
+        if facts:
+            with tempfile.TemporaryDirectory(prefix="clf-facts-") as folder:
+                click.echo(json.dumps(evidence.gather(config, Path(folder))))
             return
     except ClawdletsError as error:
         click.echo(f"clf-orchestrator: {error}", err=True)

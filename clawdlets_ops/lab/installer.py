@@ -36,6 +36,7 @@ from urllib.parse import urlsplit
 from clawdlets_ops import egress, hostfiles
 from clawdlets_ops.errors import ClawdletsError, CommandError, LabError
 from clawdlets_ops.fleet import load_fleet
+from clawdlets_ops.lab.host_orchestrator import orchestrator_files
 from clawdlets_ops.lab.host_tailnet import host_files
 from clawdlets_ops.lab.installer_arguments import Abort, Arguments, parse_arguments
 from clawdlets_ops.layout import EGRESS_DIR, Layout
@@ -215,6 +216,7 @@ def profile_files(layout: Layout, host: str, *, lab_dir: Path) -> dict[str, tupl
     if declared.tailnet.mode == "tailscale":
         files["etc/clawdlets/tailscale"] = (0o644, b"")
         files |= host_files(lab_dir, host, f"nix/store/{store}/sw/bin")
+    files |= orchestrator_files(declared, f"nix/store/{store}/sw/bin")
     return files
 
 
@@ -235,7 +237,7 @@ def profile_archive(layout: Layout, host: str, *, lab_dir: Path) -> bytes:
             entry.mode, entry.size = mode, len(content)
             archive.addfile(entry, io.BytesIO(content))
         for path in sorted(files):
-            if path.startswith("etc/systemd/system/") and path.endswith(".service"):
+            if path.startswith("etc/systemd/system/") and path.endswith((".service", ".socket")):
                 name = Path(path).name
                 wants = "etc/systemd/system/multi-user.target.wants"
                 if wants not in folders:

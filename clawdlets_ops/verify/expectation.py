@@ -11,13 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from clawdlets_ops import hostfiles
+from clawdlets_ops.bots import bot_user
 from clawdlets_ops.egress import DROPPED_TCP_PORTS, Policy, policy_of
 from clawdlets_ops.errors import VerifyError
 from clawdlets_ops.fleet import Host, world_open
 from clawdlets_ops.layout import (
+    CLF_RUN_DIR,
     HOST_AGE_KEY,
     HOST_AGE_KEY_DIR,
     HOST_PROGRAMS,
+    ORCHESTRATOR_DATABASE,
+    ORCHESTRATOR_SOCKET,
+    ORCHESTRATOR_STATE_DIR,
     RUN_SECRETS,
     SSH_HOST_KEY,
     SSH_HOST_PUBLIC_KEY,
@@ -112,6 +117,7 @@ def build_expectation(
             "node": {"keyExpiry": node.key_expiry.isoformat() if node.key_expiry else None} if node else None,
         },
         "egress": _egress(policy_of(declared)),
+        "orchestrator": _orchestrator(declared),
         "hostKeys": [_path(one) for one in (HOST_AGE_KEY_DIR, HOST_AGE_KEY, SSH_HOST_KEY, SSH_HOST_PUBLIC_KEY)],
         "secretsDir": _path(secrets_dir_on_server(host)),
         "secrets": _secrets(host, declared),
@@ -138,6 +144,24 @@ def _egress(policy: Policy) -> dict[str, Any]:
             }
             for line in policy.bots
         ],
+    }
+
+
+def _orchestrator(declared: Host) -> dict[str, Any] | None:
+    """The bots' socket and the orchestrator's state; None where it is not declared. An operator may be in the bots' group too:
+    the socket is the group's."""
+    if not declared.orchestrator.enable:
+        return None
+    return {
+        "store": declared.orchestrator.store,
+        "port": declared.orchestrator.bootstrap_port,
+        "bots": [bot_user(name) for name in sorted(declared.bots)],
+        "botsGroup": ORCHESTRATOR_SOCKET.group,
+        "operatorsGroup": declared.orchestrator.operators_group,
+        "runDir": _path(CLF_RUN_DIR),
+        "socket": _path(ORCHESTRATOR_SOCKET),
+        "stateDir": _path(ORCHESTRATOR_STATE_DIR),
+        "database": _path(ORCHESTRATOR_DATABASE),
     }
 
 
