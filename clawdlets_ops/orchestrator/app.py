@@ -35,6 +35,8 @@ PROTOCOL = 1
 BODY_BYTES = 262_144
 LIST_DEFAULT = 50
 LIST_MAX = 500
+LIST_RESULTS_BYTES = 262_144
+"""How much of a list may be results: a client reads an answer in one piece, and with a bound (``client``)."""
 PRIORITY_MAX = 100
 RUN_AT_MAX_MS = 30 * 24 * 3600 * 1000
 KNOWN = ("protocolVersion", "requester", "idempotencyKey", "kind", "payload", "runAt", "priority")
@@ -174,7 +176,7 @@ class _Api:
                 limit=count or (LIST_DEFAULT if not limit.isdigit() else LIST_MAX),
             )
         )
-        return reply({"protocolVersion": PROTOCOL, "jobs": [summary(job) for job in found]})
+        return reply({"protocolVersion": PROTOCOL, "jobs": overview(found)})
 
     async def show(self, request: Request) -> Response:
         who = self._who(request)
@@ -304,6 +306,23 @@ def summary(job: Job) -> dict[str, Json]:
         shown["result"] = job.result
     if job.cancel_requested:
         shown["cancelRequested"] = True
+    return shown
+
+
+def overview(found: Iterable[Job], *, limit: int = LIST_RESULTS_BYTES) -> list[dict[str, Json]]:
+    """Jobs as a list shows them. A result for which there is no room is not there, and ``resultLeftOut`` says so: the job itself
+    shows it."""
+    shown, left = [], limit
+    for job in found:
+        one = summary(job)
+        if "result" in one:
+            size = len(json.dumps(one["result"], ensure_ascii=False).encode(errors="surrogatepass"))
+            if size > left:
+                del one["result"]
+                one["resultLeftOut"] = True
+            else:
+                left -= size
+        shown.append(one)
     return shown
 
 

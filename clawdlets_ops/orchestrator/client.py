@@ -14,7 +14,8 @@ from urllib.parse import quote, urlencode
 from clawdlets_ops.errors import OrchestratorError
 from clawdlets_ops.orchestrator.unixhttp import TooLarge, ask
 
-RESPONSE_BYTES = 1_048_576
+RESPONSE_BYTES = 4_194_304
+"""A job shows its payload, and its result twice, which may have 1 MiB (``cattle.maxResultBytes``)."""
 TIMEOUT_S = 10.0
 TIMEOUT_MIN_S = 0.25
 TIMEOUT_MAX_S = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from clawdlets_ops.errors import StoreError
+from clawdlets_ops.orchestrator.app import LIST_RESULTS_BYTES, overview
 from clawdlets_ops.orchestrator.jobs import (
     Canceled,
     Context,
@@ -237,6 +239,20 @@ def test_a_running_job_is_canceled_by_its_worker(queue: Queue) -> None:
     assert queue.complete(job, {"server": 1}) is Ack.CANCEL_REQUESTED
     assert queue.canceled(job) is Ack.TAKEN
     assert queue.get(job_id).status is Status.CANCELED
+
+
+def test_a_list_has_room_for_some_results_and_says_which_it_left_out(queue: Queue, clock: HandClock) -> None:
+    for size in (10, 200_000, 300_000, 20):  # the newest comes first
+        clock.now += 1
+        queue.enqueue("work", {}, requester="a")
+        queue.complete(leased(queue), {"text": "x" * size})
+    clock.now += 1
+    queue.enqueue("work", {}, requester="a")
+    shown = overview(queue.list_jobs())
+    assert ["result" in one for one in shown] == [False, True, False, True, True]
+    assert [one.get("resultLeftOut", False) for one in shown] == [False, False, True, False, False]
+    assert len(json.dumps(shown)) < LIST_RESULTS_BYTES + 5 * 1000
+    assert queue.get(shown[2]["jobId"]).result == {"text": "x" * 300_000}
 
 
 def test_others_jobs_are_not_to_be_seen(queue: Queue) -> None:
