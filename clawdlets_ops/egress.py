@@ -156,7 +156,8 @@ def units(host: Host, *, nft: str, squid: str, left_open: str) -> Units:
         proxy = templates[PROXY_UNIT]
         found[PROXY_UNIT] = _filled(_ini({**proxy, "Service": {**hardening, **proxy["Service"]}}), {"SQUID": squid})
     for name, bot in sorted(host.bots.items()):
-        line, template = policy.bot(name), templates["clawdlets-bot-@BOT@.service"]
+        # Filled before anything of the fleet file is in it: what stands there is never taken for a mark of ours.
+        line, template = policy.bot(name), _all_filled(templates["clawdlets-bot-@BOT@.service"], {"BOT": name})
         wants = {"Wants": [PROXY_UNIT], "After": [*template["Unit"]["After"], PROXY_UNIT]} if line.proxied else {}
         environment = {**bot.environment, **proxy_environment(line)}
         limits: dict[str, Any] = {"MemoryMax": f"{bot.limits.memory_max_mb}M", "TasksMax": bot.limits.tasks_max}
@@ -168,10 +169,9 @@ def units(host: Host, *, nft: str, squid: str, left_open: str) -> Units:
             **template["Service"],
             **limits,
             "Environment": [f'"{key}={_quoted(value)}"' for key, value in sorted(environment.items())],
-            "ExecStart": "@EXEC@",
+            "ExecStart": bot.exec_start or left_open,
         }
-        text = _ini({**template, "Unit": {**template["Unit"], **wants}, "Service": service})
-        found[bot_unit(name)] = _filled(text, {"BOT": name, "EXEC": bot.exec_start or left_open})
+        found[bot_unit(name)] = _ini({**template, "Unit": {**template["Unit"], **wants}, "Service": service})
     return found
 
 
@@ -271,6 +271,15 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
         parts += [rest[: places[first]], values[first]]
         rest = rest[places[first] + len(first) + 2 :]
     return "".join((*parts, rest))
+
+
+def _all_filled(part: Any, values: Mapping[str, str]) -> Any:
+    """Every text in ``part`` filled."""
+    if isinstance(part, dict):
+        return {key: _all_filled(value, values) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_all_filled(value, values) for value in part]
+    return _filled(part, values) if isinstance(part, str) else part
 
 
 def _ini(unit: Mapping[str, Mapping[str, Any]]) -> str:

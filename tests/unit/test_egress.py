@@ -101,6 +101,14 @@ def test_units_are_well_formed() -> None:
             assert "@" not in text.replace("@system-service", "").replace("@privileged", "")
 
 
+def test_what_a_bot_declares_is_never_taken_for_a_mark_of_the_template() -> None:
+    declared = {"execStart": "/usr/bin/tight @BOT@", "environment": {"GREETING": "@EXEC@ @BOT@ @PORT@"}}
+    text = egress.units(host_in("smtp-only", {"tight": declared}), **PATHS)["clawdlets-bot-tight.service"]
+    assert 'Environment="GREETING=@EXEC@ @BOT@ @PORT@"\n' in text
+    assert "ExecStart=/usr/bin/tight @BOT@\n" in text
+    assert "User=bot-tight\n" in text
+
+
 @pytest.mark.parametrize(
     ("mode", "bot", "url", "allowed", "rule"),
     [
