@@ -212,8 +212,17 @@ class Daemon:
         def make(of: str) -> Worker:
             return Worker(self._queue, self._work.kinds, name=of, clock=self._clock)
 
+        def make_timed(of: str) -> Worker:
+            timed = [kind for kind in self._work.kinds if kind.name in self._work.periodic]
+            return Worker(self._queue, timed, name=of, clock=self._clock)
+
         count = self._config.workers if self._work.kinds else 0
-        return start_workers(count, make, name=name, wake=self._wake)
+        workers = start_workers(count, make, name=name, wake=self._wake)
+        if (
+            count and self._work.periodic
+        ):  # a job that lasts for hours holds its worker: what is timed does not wait for it
+            workers += start_workers(1, make_timed, name=f"{name}/timed", wake=self._wake)
+        return workers
 
     async def _end(self, workers: list[tuple[Worker, threading.Thread]], tasks: list[asyncio.Task[None]]) -> None:
         notify(self._environ, "STOPPING=1")
