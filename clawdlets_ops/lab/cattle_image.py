@@ -31,7 +31,7 @@ _WAIT_S = 180.0
 _SSHD = "PermitRootLogin no\nAuthorizedKeysFile /run/clawdlets/authorized_keys\nPasswordAuthentication no\n"
 _SETUP = """set -eu
 systemd-sysusers /usr/lib/sysusers.d/clawdlets-cattle.conf
-id admin >/dev/null 2>&1 || useradd --create-home --shell /bin/bash admin
+id admin >/dev/null 2>&1 || useradd --create-home --shell /bin/bash --groups systemd-journal admin
 [ ! -e /etc/systemd/system/tailscaled.service ] || systemctl enable --quiet tailscaled.service
 sync
 """

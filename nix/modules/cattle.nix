@@ -82,7 +82,7 @@ in
     inherit (sshd) settings;
   };
   users.mutableUsers = false;
-  users.users.admin.isNormalUser = true;
+  users.users.admin = { isNormalUser = true; extraGroups = [ "systemd-journal" ]; }; # for clawdlets cattle logs
   users.allowNoPasswordLogin = true; # its keys come with the user data, and it is thrown away
   environment.systemPackages = [ tools ] ++ (with pkgs; [ curl gawk iproute2 nftables ]);
   time.timeZone = "UTC";
