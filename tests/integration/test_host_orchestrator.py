@@ -1,0 +1,82 @@
+"""What the lab's host profile holds of the orchestrator: the copied distributions are enough to run it, and nothing is laid down
+where it is not declared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clawdlets_ops.lab import host_orchestrator
+from clawdlets_ops.orchestrator.daemon import Config
+from tests.egress_fleet import host_in
+
+pytestmark = pytest.mark.integration
+
+RUN = "import sys; sys.path.insert(0, sys.argv.pop(1)); from clawdlets_ops.{module} import main; main()"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    for name, source in host_orchestrator.bundle().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(source)
+    return folder
+
+
+def run(bundle: Path, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """The program from the bundle and the standard library alone: -I and -S keep everything else out of its path."""
+    argv = [sys._base_executable, "-I", "-S", "-B", "-c", RUN.format(module=module), str(bundle), *words]  # type: ignore[attr-defined]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_bundle_is_enough_for_both_programs(bundle: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"database": str(state / "state.sqlite")}))
+    done = run(bundle, "clf_orchestrator", "--config", str(config), "--check")
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+    done = run(bundle, "clf", "jobs", "--help")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_bundle_that_lacks_one_would_be_noticed(bundle: Path, tmp_path: Path) -> None:
+    less = tmp_path / "less"
+    less.mkdir()
+    for path in bundle.iterdir():
+        if path.name != "pyrage":
+            (less / path.name).symlink_to(path)
+    done = run(less, "clf_orchestrator", "--help")
+    assert done.returncode == 1
+    assert "No module named 'pyrage'" in done.stderr
+
+
+def test_nothing_is_laid_down_where_it_is_not_declared() -> None:
+    assert host_orchestrator.orchestrator_files(host_in("smtp-only", {"maren": {}}), "programs") == {}
+
+
+def test_what_is_laid_down_is_what_the_daemon_reads_and_systemd_needs() -> None:
+    host = host_in("smtp-only", {"maren": {}})
+    on = host.orchestrator.model_copy(update={"enable": True, "bootstrap_port": 18400})
+    config = Config.model_validate_json(json.dumps(host_orchestrator.config_of(on)))
+    assert config.bootstrap is not None
+    assert (config.bootstrap.port, config.store, config.workers) == (18400, "sqlite", 2)
+    units = host_orchestrator.units(host.model_copy(update={"orchestrator": on}))
+    socket = units["etc/systemd/system/clf-orchestrator.socket"]
+    assert {"ListenStream=/run/clf/orchestrator.sock", "SocketGroup=clf-bots", "SocketMode=0660"} <= set(
+        socket.splitlines()
+    )
+    service = units["etc/systemd/system/clf-orchestrator.service"].splitlines()
+    assert {"User=clf-orchestrator", "StateDirectoryMode=0700", "NoNewPrivileges=true", "UMask=0077"} <= set(service)
+    assert [line for line in service if line.startswith("SystemCallFilter=")] == [
+        "SystemCallFilter=@system-service",
+        "SystemCallFilter=~@privileged",
+    ]
+    assert "m bot-maren clf-bots - - -" in units["etc/clf/users.conf"].splitlines()
+    assert units["etc/clf/folders.conf"] == "d /run/clf 0750 root clf-bots -\n"
