@@ -204,6 +204,13 @@ def test_the_facts_of_a_good_host_satisfy_the_suite_and_hold_no_secret(root: Pat
         ({"EGR-01", "EGR-03"}, "nft flush chain inet clawdlets-egress output"),
         ({"EGR-02"}, "nft flush chain inet clawdlets-egress forward"),
         ({"EGR-01", "EGR-03"}, "nft insert rule inet clawdlets-egress output ip6 daddr 2000::/3 accept"),
+        # Mail gets past the rule that counts, and it is the network that says no: as where nothing answers.
+        (
+            {"EGR-01", "EGR-03"},
+            "nft 'insert rule inet clawdlets-egress output ip6 daddr 2001:db8::/32 accept; add table inet world; "
+            "add chain inet world out { type filter hook output priority 10; }; "
+            "add rule inet world out ip6 daddr 2001:db8::/32 reject with icmpx no-route'",
+        ),
         ({"SSH-10"}, "sed -i 's/^macs .*/&,hmac-sha1/I' /etc/ssh/sshd_config"),
         ({"FS-01"}, "chmod 0440 /var/lib/sops-nix/key.txt"),
         ({"FS-01", "FS-04"}, "chmod 0711 /var/lib/sops-nix; chmod 0404 /var/lib/sops-nix/key.txt"),
