@@ -9,13 +9,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
 from clawdlets_ops import age
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.files import read_private
-from clawdlets_ops.layout import Layout
+from clawdlets_ops.layout import INSTALL_MARKER, SECRETS_WIRING, SSH_HOST_PUBLIC_KEY, Layout
 from clawdlets_ops.process import Runner
 from clawdlets_ops.secrets.vault import AGE_PUBLIC, open_all, read_all
 from clawdlets_ops.sensitive import Secret
@@ -71,7 +71,10 @@ def known(layouts: Iterable[Layout], secrets_file: Path | None = None) -> tuple[
     for layout in layouts:
         sources = [(layout.env_file, _from_env)]
         sources += [(path, _from_key) for path in _files(layout.runtime / "keys", faults)]
-        sources += [(path, _from_key) for path in _files(layout.runtime / "extra-files", faults)]
+        payloads = layout.runtime / "extra-files"
+        sources += [
+            (path, _from_key) for path in _files(payloads, faults) if not _is_public(path.relative_to(payloads))
+        ]
         infra = _files(layout.tofu_dir("any").parent, faults)
         sources += [(path, _from_state) for path in infra if ".tfstate" in path.name]
         values_file = secrets_file or _named_values_file(layout)
@@ -127,6 +130,11 @@ def decrypted(layouts: Iterable[Layout], runner: Runner) -> tuple[list[Needle], 
                             found.setdefault(part, Needle(f"{label}{place}", Secret(part, label)))
         faults += [f"{path}: no key is here that opens it" for path in sealed]
     return list(found.values()), faults
+
+
+def _is_public(path: Path) -> bool:
+    """Whether ``path`` (``<host>/<path on the host>``) is a part of a payload that says nothing the fleet file does not."""
+    return PurePosixPath("/", *path.parts[1:]) in (SECRETS_WIRING.path, INSTALL_MARKER.path, SSH_HOST_PUBLIC_KEY.path)
 
 
 def _named_values_file(layout: Layout) -> Path | None:

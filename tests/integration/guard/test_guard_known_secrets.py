@@ -139,3 +139,17 @@ def test_a_file_that_a_declared_reader_cannot_open_is_a_finding(sealed):
     sealed.write(path, (sealed.folder / path).read_text() + "\n")
     sealed("add", path)
     assert rules(sealed.scan("staged")) == ["secrets-missing-recipient"]  # what is written now is for everybody
+
+
+def test_a_payloads_private_files_are_known_secrets_and_its_public_ones_are_not(git):
+    git.write(".gitignore", "/.clawdlets/\n")
+    payload = ".clawdlets/extra-files/alpha"
+    git.write(
+        f"{payload}/var/lib/clawdlets/secrets-wiring.json", '{\n  "discord_token": "canary, as in the fleet file",\n}\n'
+    )
+    git.write(f"{payload}/var/lib/sops-nix/key.txt", "canary-line-of-a-private-key\n")
+    git.write("fleet.json", '  "discord_token": "canary, as in the fleet file",\n')
+    git.write("copied.txt", "canary-line-of-a-private-key\n")
+    git("add", ".")
+    outcome, _ = look(git)
+    assert [(leak.rule, leak.path) for leak in outcome.leaks] == [("known-secret", "copied.txt")]
