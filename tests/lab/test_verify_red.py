@@ -7,7 +7,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -59,6 +59,34 @@ def in_repository(
     return around
 
 
+def together(
+    *parts: Callable[[Bench], AbstractContextManager[None]],
+) -> Callable[[Bench], AbstractContextManager[None]]:
+    """All of them at once."""
+
+    @contextmanager
+    def around(bench: Bench) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part(bench))
+            yield
+
+    return around
+
+
+WEEKLY = in_repository(
+    ".github/dependabot.yml",
+    """version: 2
+updates:
+  - package-ecosystem: github-actions
+    directory: /
+    schedule: {interval: weekly}
+""",
+    add=True,
+)
+"""With workflows, Dependabot has to look after them: that is SUP-02."""
+
+
 @contextmanager
 def stale_session(bench: Bench) -> Iterator[None]:
     """Somebody came in while the host was open, and stays when it is closed again."""
@@ -108,8 +136,8 @@ def hidden_door(bench: Bench) -> Iterator[None]:
             "nft -j list ruleset >/run/ruleset.json; nft add rule inet clawdlets input tcp dport 8080 accept; "
             'systemd-run -q --unit=door python3 -c \'import socket as s, time as t; x = s.create_server(("::", 8080), '
             "family=s.AF_INET6, dualstack_ipv6=True); t.sleep(900)'; until ss -Hltn | grep -q :8080; do :; done; "
-            "printf '#!/bin/sh\\n/usr/bin/ss \"$@\" | grep -v :8080\\n' >/run/ss; "
-            'printf \'#!/bin/sh\\n[ "$*" != "-j list ruleset" ] || exec cat /run/ruleset.json\\nexec /usr/sbin/nft "$@"\\n\' >/run/nft; '
+            "printf '#!/bin/sh\\n/usr/bin/ss \"$@\" | grep -v :8080\\n' >/run/lie-ss; "
+            'printf \'#!/bin/sh\\n[ "$*" != "-j list ruleset" ] || exec cat /run/ruleset.json\\nexec /usr/sbin/nft "$@"\\n\' >/run/lie-nft; '
             f"({LIE.format('ss')}); ({LIE.format('nft')})"
         )
         try:
@@ -160,9 +188,11 @@ def never_applied(bench: Bench) -> Iterator[None]:
 
 
 # A program that lies lies in /run, and is put before the real one; what was there is put back.
-LIE = "chmod +x /run/{0}; cd /run/current-system/sw/bin; if [ -e {0} ]; then mv {0} {0}.kept; fi; mv /run/{0} {0}"
+LIE = (
+    "chmod +x /run/lie-{0}; cd /run/current-system/sw/bin; if [ -e {0} ]; then mv {0} {0}.kept; fi; mv /run/lie-{0} {0}"
+)
 TRUTH = "cd /run/current-system/sw/bin; rm {0}; if [ -e {0}.kept ]; then mv {0}.kept {0}; fi"
-KEY_RUNS_OUT = f"""printf '#!/bin/sh\\necho "\\\\"BackendState\\\\": \\\\"Running\\\\", \\\\"RunSSH\\\\": false, \\\\"KeyExpiry\\\\": \\\\"%s\\\\""\\n' "$(date -u -d '+5 days' +%FT%TZ)" >/run/tailscale; {LIE.format("tailscale")}"""
+KEY_RUNS_OUT = f"""printf '#!/bin/sh\\necho "\\\\"BackendState\\\\": \\\\"Running\\\\", \\\\"RunSSH\\\\": false, \\\\"KeyExpiry\\\\": \\\\"%s\\\\""\\n' "$(date -u -d '+5 days' +%FT%TZ)" >/run/lie-tailscale; {LIE.format("tailscale")}"""
 
 SEEDS = [
     Seed("a Match block for one address", "SSH-01", f"printf 'Match User root Address 127.0.0.1\\n  PasswordAuthentication yes\\n' >>{SSHD}; {RESTART}", UNDO_SSHD),
@@ -200,7 +230,7 @@ SEEDS = [
     Seed("a secret in a unit", "STO-06", f"printf '[Service]\\nType=oneshot\\nRemainAfterExit=yes\\nExecStart=/bin/true\\nEnvironment=TOKEN=%s\\n' \"$(cat {TOKEN})\" >/run/systemd/system/leaky.service; systemctl daemon-reload; systemctl start leaky", "systemctl stop leaky; rm /run/systemd/system/leaky.service; systemctl daemon-reload"),
     Seed("a core dump", "FS-05", "mkdir -p /var/lib/systemd/coredump; : >/var/lib/systemd/coredump/core.bot.1", "rm -r /var/lib/systemd/coredump"),
     Seed("a process that may dump its memory", "FS-05", "systemd-run -q --unit=dumper -p LimitCORE=infinity -p User=bot-maren sleep 900", "systemctl stop dumper"),
-    Seed("a clock an hour ahead", "CLK-01", f"""printf '#!/bin/sh\\n[ "$*" != +%%s ] || exec /bin/date -d "+1 hour" +%%s\\nexec /bin/date "$@"\\n' >/run/date; {LIE.format("date")}""", TRUTH.format("date")),
+    Seed("a clock an hour ahead", "CLK-01", f"""printf '#!/bin/sh\\n[ "$*" != +%%s ] || exec /bin/date -d "+1 hour" +%%s\\nexec /bin/date "$@"\\n' >/run/lie-date; {LIE.format("date")}""", TRUTH.format("date")),
     Seed("a private network", "EXP-09", around=in_private_network),
     Seed("an open port that the host hides", "EXP-11", around=hidden_door),
     Seed("IPv6 forgotten on both sides", "EXP-01 EXP-03 EXP-05", around=open_to_ipv6),
@@ -211,7 +241,7 @@ SEEDS = [
     Seed("a token in the work tree", "GIT-03", around=in_repository("notes.txt", f"key = {Maker().tailscale()}\n")),
     Seed("a file of the runtime dir in git", "GIT-02", around=in_repository(".clawdlets/note", "nothing\n", mode=0o600, add=True)),
     Seed("a run's record for all to read", "RTD-01", around=in_repository(".clawdlets/note", "nothing\n")),
-    Seed("a merge without a look", "SUP-03", around=in_repository(".github/workflows/x.yml", "jobs:\n  a:\n    steps:\n      - run: gh pr merge --auto 7\n", add=True), unknown=""),
+    Seed("a merge without a look", "SUP-03", around=together(WEEKLY, in_repository(".github/workflows/x.yml", "jobs:\n  a:\n    steps:\n      - run: gh pr merge --auto 7\n", add=True)), unknown=""),
 ]  # fmt: skip
 
 
