@@ -304,7 +304,7 @@ def _apply(stage: str, project: Project, host: str, tools: Tools, say: Callable[
                 return False, "as declared"
             if not closing.installed:
                 raise LockdownError(
-                    "does not answer as an installed host; nothing was closed",
+                    "does not answer as an installed host with the pinned host key; nothing was closed",
                     where=host,
                     fix=f"install it first; if it is: clawdlets plan install --host {host} says what was met",
                 )

@@ -251,7 +251,7 @@ class TestTheFirstDay:
         finally:
             pin.write_text(right)
         assert said.returncode != 0, said.stdout
-        assert "host key" in said.stdout or "does not answer over the tailnet" in said.stdout
+        assert "host key" in said.stdout or "does not answer over the tailnet" in said.stdout, said.stdout
         assert verified.returncode == 1
         states = {finding["check"]: finding["state"] for finding in json.loads(verified.stdout)["findings"]}
         assert states["SSH-09"] == "fail"

@@ -169,7 +169,9 @@ def test_only_a_window_is_closed_without_a_proof(
 
 def test_a_host_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
     tools = workflow.Tools(FakeRunner(), FakeCloud(), Journal(tmp_path / "run"))
-    with pytest.raises(LockdownError, match="does not answer as an installed host; nothing was closed"):
+    with pytest.raises(
+        LockdownError, match="does not answer as an installed host with the pinned host key; nothing was closed"
+    ):
         workflow.apply("lockdown", project(tmp_path, a="tailnet"), "a", tools)
 
 
