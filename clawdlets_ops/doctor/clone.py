@@ -24,6 +24,7 @@ from clawdlets_ops.guard.sopsfiles import Declared, Fault
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project
+from clawdlets_ops.scaffold.source import UNLOCATED
 from clawdlets_ops.secrets.plan import sops_config
 from clawdlets_ops.secrets.vault import OPERATOR_SUFFIX, declared_host, declared_pin, next_host, operators_of
 
@@ -282,6 +283,16 @@ def _flake_lock(root: Path) -> str | Wrong | NotHere:
     try:
         return lock.read_text(encoding="utf-8")
     except FileNotFoundError:
+        if _names_no_source(root / "flake.nix"):
+            return NotHere("flake.nix does not say yet where clawdlets-ops is, so nothing can be built from it")
         return Wrong("flake.nix has no flake.lock")
     except (OSError, UnicodeDecodeError) as error:
         return Wrong(f"flake.lock cannot be read ({type(error).__name__})")
+
+
+def _names_no_source(flake: Path) -> bool:
+    """Whether the flake still has the input that no name server ever resolves, as ``clawdlets init`` wrote it."""
+    try:
+        return f'url = "{UNLOCATED}";' in flake.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False

@@ -33,7 +33,7 @@ def main() -> int:
     steps = [
         ["clawdlets", "lab", "up"],
         ["pyinfra", "-y", "inventory/lab.py", "deploys/bootstrap.py"],
-        ["pyinfra", "-y", "inventory/lab.py", "deploys/verify.py"],  # the host; this repository has no flake.lock
+        ["clawdlets", "verify", "--host", "alpha"],
     ]
     status = 0
     try:

@@ -162,6 +162,7 @@ def _facts(field: dict[str, Any]) -> Iterator[str]:
 MEANT_OTHERWISE = {
     ("cattle.nix", "ext4"),  # the root file system; in the fleet file that of a volume
     ("host.nix", "ext4"),
+    ("host.nix", "0077"),  # of the boot partition; in Python a word of advice about the orchestrator's unit
     ("host.nix", "root"),  # a user whom NixOS has; in the fleet file the owner of a secret by default
     ("orchestrator.nix", "root"),
     ("secrets.nix", "root"),

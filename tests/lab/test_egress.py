@@ -41,6 +41,10 @@ PRINCIPALS = ("bot in its unit", "bot's user outside it", "root", "container")
 DOCUMENT = ROOT / "docs" / "reference" / "egress-matrix.md"
 Attempt = dict[str, Any]
 
+STATE_OF_THE_UNITS = (
+    "systemctl status --no-pager --lines=8 'clawdlets-*' || :; systemctl list-jobs; journalctl -n 60 --no-pager; uptime"
+)
+
 CONTAINER = """\
 ip netns add box
 ip link add box0 type veth peer name eth0 netns box
@@ -191,7 +195,7 @@ class Range:
     def until(self, script: str, timeout_s: float = 30) -> None:
         deadline = time.monotonic() + timeout_s
         while not self.lab.guest("alpha", "sh", "-c", script).ok:
-            assert time.monotonic() < deadline, script
+            assert time.monotonic() < deadline, f"{script}\n{self.sh(STATE_OF_THE_UNITS)}"
             time.sleep(0.1)
 
     def run(self, who: str, attempts: Sequence[Attempt]) -> list[str]:

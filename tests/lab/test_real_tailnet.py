@@ -173,17 +173,25 @@ def kill_half_way(project: LabProject, reached: Callable[[Layout], bool]) -> int
     """Kill ``lab up`` and the lab's process at this moment; the lab's number."""
     layout = Layout(project.root)
     process = project.popen("clawdlets", "lab", "up", "--tailnet", "real")
-    until(lambda: (layout.lab / "lab.json").exists() and reached(layout), "the moment to kill")
+    try:
+        until(
+            lambda: process.poll() is not None or ((layout.lab / "lab.json").exists() and reached(layout)),
+            "the moment to kill",
+            within_s=120.0,
+        )
+        ended = process.poll()
+    finally:
+        process.kill()
+        said, _ = process.communicate()
+    assert ended is None, said
     record = record_of(layout)
-    process.kill()
-    process.communicate()
     assert record.daemon is not None
     record.daemon.signal(signal.SIGKILL)
     return record.number
 
 
-def test_killed_half_way_up_mends_and_down_leaves_nothing(tmp_path: Path) -> None:
-    project = make_project(tmp_path / "p")
+def test_killed_half_way_up_mends_and_down_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    project = make_project(tmp_path_factory.mktemp("k") / "p")  # a socket's path has 107 bytes
     layout = Layout(project.root)
     try:
         for reached in MOMENTS.values():
