@@ -43,7 +43,7 @@ def test_from_the_wheel_to_a_verified_host_by_the_words_of_the_readme(
     ]
     assert said[setup] == ""
     assert "Grand total" in said[bootstrap]
-    reports = sorted((project / ".clawdlets" / "reports" / "_fleet").glob("**/*.json"))
+    reports = sorted((project / ".clawdlets" / "reports" / "_fleet").glob("*/report.json"))
     assert reports
     verdicts = [finding["state"] for finding in json.loads(reports[-1].read_text())["findings"]]
     assert verdicts.count("pass") > 20
