@@ -18,8 +18,6 @@ from typing import Any, Protocol, TypeVar, cast
 import hcloud
 import requests
 from hcloud.actions import ActionException
-from hcloud.firewalls import Firewall as HcloudFirewall
-from hcloud.firewalls import FirewallRule as HcloudRule
 from hcloud.servers import BoundServer
 
 from clawdlets_ops.cloud import (
@@ -273,50 +271,57 @@ class HetznerCloud:
         return [Labelled(kind, int(one.id), one.name or "") for one in listed]
 
     def rebuild(self, server: Server, image: str) -> None:
-        """Overwrite the server's disk with ``image`` (its name) and wait until that is done; never tried twice here."""
+        """Overwrite the server's disk with ``image`` (its name) and wait until that is done. Each change is sent once.
+        CloudError; OutcomeUnknown when there is no answer to one: look at the server before anything else."""
+        what = f"server {server.name} (rebuild)"
 
-        def call() -> None:
+        def look() -> tuple[bool, int]:
             bound = self._client.servers.get_by_id(server.id)
             architecture = bound.server_type.architecture if bound.server_type else None
             found = self._client.images.get_by_name_and_architecture(image, architecture or "x86")
-            if found is None:
+            if found is None or found.id is None:
                 raise CloudError(f"there is no image {image!r}", where=f"hosts.{server.name}.hetzner.image")
-            protected = answers.is_protected(bound, "rebuild")
-            if protected:  # the operator has named this host to be wiped; the next provision protects it anyway
-                bound.change_protection(delete=False, rebuild=False).wait_until_finished()
-            bound.rebuild(image=found).action.wait_until_finished(max_retries=REBUILD_POLLS)
-            if protected:
-                bound.change_protection(delete=True, rebuild=True).wait_until_finished()
+            return answers.is_protected(bound, "rebuild"), found.id
+
+        protected, image_id = self._ask(what, look)
+        if protected:  # the operator has named this host to be wiped; the next provision protects it anyway
+            self._act(what, server, "change_protection", {"delete": False, "rebuild": False})
+        self._act(what, server, "rebuild", {"image": image_id}, polls=REBUILD_POLLS)
+        if protected:
+            self._act(what, server, "change_protection", {"delete": True, "rebuild": True})
+
+    def _act(
+        self, what: str, server: Server, action: str, body: Mapping[str, Any], *, polls: int | None = None
+    ) -> None:
+        """An action of a server: asked for once, then waited for."""
+        answer = self._change(what, "POST", f"/servers/{server.id}/actions/{action}", body, patient=True)
+
+        def wait() -> None:
+            self._client.actions.get_by_id(answer["action"]["id"]).wait_until_finished(max_retries=polls)
 
         try:
-            self._ask(f"server {server.name} (rebuild)", call)
+            self._ask(what, wait)
         except ActionException as error:
-            raise CloudError(f"the rebuild did not succeed: {error}", where=server.name) from error
+            raise CloudError(f"{what}: {action} did not succeed: {error}", where=server.name) from error
 
     def set_rules(self, firewall: Firewall, rules: tuple[FirewallRule, ...]) -> None:
-        """Replace the firewall's whole rule set; one request, never tried twice here. Not waited for: look whether the server
-        shows the firewall as applied."""
+        """Replace the firewall's whole rule set; one request, sent once. Not waited for: look whether the server shows the
+        firewall as applied. CloudError; OutcomeUnknown."""
         if not rules:
             raise CloudError("an empty rule set is never asked for", where=firewall.name)
-        wanted = [
-            HcloudRule(
-                direction=rule.direction,
-                protocol=rule.protocol,
-                port=rule.port,
-                source_ips=list(rule.networks) if rule.direction == "in" else [],
-                destination_ips=list(rule.networks) if rule.direction == "out" else [],
-                description=rule.description or None,
-            )
-            for rule in rules
-        ]
-        bound = HcloudFirewall(id=firewall.id)
-        self._ask(f"firewall {firewall.name} (rules)", lambda: self._client.firewalls.set_rules(bound, wanted))
+        path = f"/firewalls/{firewall.id}/actions/set_rules"
+        self._change(
+            f"firewall {firewall.name} (rules)", "POST", path, {"rules": [*map(_as_sent, rules)]}, patient=True
+        )
 
     def set_labels(self, firewall: Firewall, labels: Mapping[str, str]) -> None:
-        """Replace the firewall's labels; one request, never tried twice here."""
-        bound = HcloudFirewall(id=firewall.id)
-        self._ask(
-            f"firewall {firewall.name} (labels)", lambda: self._client.firewalls.update(bound, labels=dict(labels))
+        """Replace the firewall's labels; one request, sent once. CloudError; OutcomeUnknown."""
+        self._change(
+            f"firewall {firewall.name} (labels)",
+            "PUT",
+            f"/firewalls/{firewall.id}",
+            {"labels": dict(labels)},
+            patient=True,
         )
 
     # Servers that come and go without OpenTofu: cattle.
@@ -383,19 +388,12 @@ class HetznerCloud:
         """The firewall called ``name``, made unless it is there. CloudError; OutcomeUnknown."""
         if (found := self.firewall(name)) is not None:
             return found
-        sent = [
-            {
-                "direction": rule.direction,
-                "protocol": rule.protocol,
-                "port": rule.port,
-                "source_ips": list(rule.networks),
-                "description": rule.description,
-            }
-            for rule in rules
-        ]
         try:
             self._change(
-                f"firewall {name}", "POST", "/firewalls", {"name": name, "labels": dict(labels), "rules": sent}
+                f"firewall {name}",
+                "POST",
+                "/firewalls",
+                {"name": name, "labels": dict(labels), "rules": [*map(_as_sent, rules)]},
             )
         except CloudError as error:
             if error.code != "uniqueness_error":  # somebody else made it meanwhile
@@ -405,13 +403,19 @@ class HetznerCloud:
             raise CloudError(f"firewall {name}: was made, and is not there", where=self._endpoint)
         return made
 
-    def _change(self, what: str, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        """One request that changes something, sent once."""
-        try:
+    def _change(
+        self, what: str, method: str, path: str, body: Mapping[str, Any] | None, *, patient: bool = False
+    ) -> dict[str, Any]:
+        """One request that changes something, sent once; with ``patient`` again if it was refused for the budget."""
+
+        def send() -> dict[str, Any]:
             answer: dict[str, Any] = self._once._client.request(
                 method=method, url=path, **({} if body is None else {"json": body})
             )
             return answer
+
+        try:
+            return self._patiently(send) if patient else send()
         except hcloud.APIException as error:
             code = str(error.code)
             said = f"{what}: {self._redactor.scrub(str(error.message))} ({code})"
@@ -431,7 +435,7 @@ class HetznerCloud:
         return cast(T, answer)
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        """What the API refuses for its budget it has not begun: python-hcloud asks five times, and we some rounds of it."""
+        """What the API refuses for its budget it has not begun: it may be asked again, as python-hcloud does for reads."""
         for _ in range(BUDGET_ROUNDS - 1):
             try:
                 return call()
@@ -465,3 +469,16 @@ class HetznerCloud:
                 where=self._endpoint,
                 fix="check the network; with the lab: is it up (clawdlets lab status)?",
             ) from None
+
+
+def _as_sent(rule: FirewallRule) -> dict[str, Any]:
+    """A rule as the API takes it: the networks stand at the end that is not ours."""
+    inward = rule.direction == "in"
+    return {
+        "direction": rule.direction,
+        "protocol": rule.protocol,
+        "port": rule.port,
+        "source_ips": list(rule.networks) if inward else [],
+        "destination_ips": [] if inward else list(rule.networks),
+        "description": rule.description or None,
+    }

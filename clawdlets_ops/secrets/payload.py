@@ -47,6 +47,7 @@ from clawdlets_ops.process import Runner
 from clawdlets_ops.project import Project
 from clawdlets_ops.secrets.disk import remove_tree
 from clawdlets_ops.secrets.plan import Need, needs
+from clawdlets_ops.secrets.store import LOCK_WAIT_S
 from clawdlets_ops.secrets.vault import (
     SSH_SECRET,
     declared_host,
@@ -64,7 +65,6 @@ from clawdlets_ops.sops import Sops, find_sops
 FORMAT = 1
 """Raised when the same inputs make another tree than before, so that no old tree passes as current."""
 
-LOCK_WAIT_S = 30.0
 TRAVERSABLE = 0o755
 
 

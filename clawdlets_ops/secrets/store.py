@@ -63,7 +63,8 @@ T = TypeVar("T")
 
 PUBLIC_DIR = 0o755
 WRITABLE_BY_OTHERS = 0o022
-LOCK_WAIT_S = 30.0
+LOCK_WAIT_S = 900.0
+"""As long as hundreds of hosts of one run take, one after the other, on a slow machine."""
 
 KEY_FOLDERS = (".clawdlets/keys/operators", "secrets/keys/operators")
 
