@@ -37,6 +37,8 @@ CONNECT_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 120.0
 LOOK_TIMEOUT_S = 3.0
 LOGIN_TRIES = 3
+BOOTING_POLL_S = 5.0
+"""Rarely: newer sshd make a source wait that is refused too often (PerSourcePenalties)."""
 SSH_PORT = 22
 TRY_AGAIN = "run again; if it stays so, look at the network between here and there"
 
@@ -119,14 +121,18 @@ class Session:
 
 
 @contextmanager
-def session(target: Target, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator[Session]:
+def session(target: Target, *, timeout_s: float = CONNECT_TIMEOUT_S, booting_s: float = 0.0) -> Iterator[Session]:
     """A fresh login (new TCP connection, no multiplexing). HostKeyError, UnreachableError.
 
     A login that was begun and broke off, as on a link that loses packets, is begun anew, ``LOGIN_TRIES`` times in all:
-    nothing was asked of the host yet. A port that does not answer and a key that is refused are not tried again.
+    nothing was asked of the host yet. A port that does not answer and a key that is refused are not tried again, the
+    latter unless within ``booting_s``: a system that starts lets nobody in but root until it is up (pam_nologin(8)).
     """
+    booting = Retrying(
+        stop=stop_after_delay(booting_s), wait=wait_fixed(BOOTING_POLL_S), retry=retry_if_exception_type(_KeyRefused), reraise=True,
+    )  # fmt: skip
     retrying = Retrying(stop=stop_after_attempt(LOGIN_TRIES), retry=retry_if_exception_type(_LoginBroke), reraise=True)
-    connection, stream = retrying(_log_in, target, timeout_s)
+    connection, stream = booting(retrying, _log_in, target, timeout_s)
     try:
         yield Session(connection, target)
     finally:
@@ -136,6 +142,10 @@ def session(target: Target, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Iterator
 
 class _LoginBroke(UnreachableError):
     """The server answered, and the login did not come to an end."""
+
+
+class _KeyRefused(UnreachableError):
+    """The server does not let the key in."""
 
 
 def _log_in(target: Target, timeout_s: float) -> tuple[fabric.Connection, socket.socket]:
@@ -182,7 +192,7 @@ def _open_connection(connection: fabric.Connection, target: Target) -> None:
     except paramiko.AuthenticationException as error:
         if "timeout" in str(error).lower():  # paramiko's word for a server that fell silent: nothing was refused
             raise _LoginBroke(f"no SSH session: {error}", where=str(target), fix=TRY_AGAIN) from error
-        raise UnreachableError(
+        raise _KeyRefused(
             f"refuses the key {target.identity_file.name} for {target.user} ({error})",
             where=str(target),
             fix="is this operator's key among the host's sshAuthorizedKeys?",

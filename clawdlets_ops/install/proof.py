@@ -16,6 +16,7 @@ from clawdlets_ops.project import Project
 from clawdlets_ops.secrets.plan import needs
 
 ACTIVATED_WITHIN_S: Final = 120.0
+ADMIN_LET_IN_WITHIN_S: Final = 120.0
 
 
 def payload_digest(tree: Path) -> str:
@@ -29,7 +30,7 @@ def prove(project: Project, host: str, target: ssh.Target, digest: str) -> dict[
     fix = "journalctl on the host says why; when a secret is at fault, put it right and run again"
     started = time.monotonic()
     names = [need.name for need in needs(host, project.fleet.host(host)) if need.kind != "password-hash"]
-    with ssh.session(target) as shell:
+    with ssh.session(target, booting_s=ADMIN_LET_IN_WITHIN_S) as shell:
         state = shell.run(f"timeout {wait} systemctl is-system-running --wait", timeout_s=wait + 10)
         if not state.ok:
             failed = shell.run("systemctl list-units --failed --no-legend --plain").stdout.strip()

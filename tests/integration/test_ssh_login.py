@@ -51,9 +51,11 @@ class Door:
                 case "silent":
                     connection.sendall(BANNER)
                     self.held.append(connection)
-                case _:
+                case other:
                     with connection:
                         argv = [str(SSHD), "-i", "-f", str(self.config)]
+                        if other == "booting":  # as pam_nologin(8): the key is right, and nobody is let in
+                            argv += ["-o", "DenyUsers=*"]
                         server = subprocess.Popen(
                             argv, stdin=connection.fileno(), stdout=connection.fileno(), stderr=subprocess.DEVNULL
                         )
@@ -122,3 +124,19 @@ def test_a_refused_key_and_another_host_key_are_not_tried_again(door: Door, tmp_
         with pytest.raises(error, match=says), ssh.session(replace(door.target, **changed), timeout_s=3.0):
             pass
     assert door.met == 2
+
+
+def test_whoever_is_let_in_only_after_the_boot_is_waited_for(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "BOOTING_POLL_S", 0.01)
+    door.breaks += ["booting", "booting", "cut"]
+    with ssh.session(door.target, booting_s=30) as shell:
+        assert shell.run("echo in").stdout == "in\n"
+    assert door.met == 4
+
+
+def test_whoever_is_never_let_in_is_told_so_in_time(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "BOOTING_POLL_S", 0.01)
+    door.breaks += ["booting"] * 1000
+    with pytest.raises(UnreachableError, match="refuses the key"), ssh.session(door.target, booting_s=1):
+        pass
+    assert door.met > 1
