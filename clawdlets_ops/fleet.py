@@ -350,16 +350,21 @@ class Fleet(_Model):
                 raise ValueError(f"cattle.personas.{personas[0]}.secrets: {name} has no secret {secret}")
         return self
 
+    def orders_cattle(self, name: str) -> bool:
+        """Whether the orchestrator of this host orders the throw-away servers."""
+        return self.cattle.enabled and self.cattle.host == name and self.host(name).orchestrator.enable
+
+    def tailnet_ports(self, name: str) -> tuple[int, ...]:
+        """TCP ports of this host that are open to the tailnet besides SSH: where cattle fetches its environment."""
+        return (self.host(name).orchestrator.bootstrap_port,) if self.orders_cattle(name) else ()
+
     def host(self, name: str) -> Host:
         """The host called ``name``; FleetError with the nearest name when there is none."""
         if name in self.hosts:
             return self.hosts[name]
-        near = difflib.get_close_matches(name, self.hosts, n=1)
-        raise FleetError(
-            f"there is no host {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
-            where="hosts",
-            fix=f"declared are: {', '.join(sorted(self.hosts))}",
-        )
+        near = [f"; did you mean {one!r}?" for one in difflib.get_close_matches(name, self.hosts, n=1)]
+        known = f"declared are: {', '.join(sorted(self.hosts))}"
+        raise FleetError(f"there is no host {name!r}{''.join(near)}", where="hosts", fix=known)
 
 
 def parse_cidr(text: str) -> Network:

@@ -201,6 +201,7 @@ INSTALL_MARKER = _on_server("installMarker")
 INSTALL_RECEIPT = _on_server("installReceipt")
 SECRETS_WIRING = _on_server("secretsWiring")
 EGRESS_DIR = _on_server("egressDir")
+TAILNET_PORTS = _on_server("tailnetPorts")
 BOTS_STATE_DIR = _on_server("botsStateDir").path
 RUN_SECRETS = _on_server("runSecrets").path
 CLF_RUN_DIR = _on_server("clfRunDir")

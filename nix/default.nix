@@ -2,6 +2,8 @@
 { sops-nix, disko }:
 let
   fleet = import ./fleet.nix;
+  inherit (import ./hostfiles.nix) paths;
+  etc = part: builtins.substring 5 (-1) part.path; # without /etc/
   # The operator's own key, where the repository has it: a flake sees what git tracks, and nothing of the home.
   ownKey = root: host:
     let name = host.provisioning.sshPubkeyFile or ""; file = root + "/${name}"; in
@@ -19,15 +21,25 @@ rec {
   cattleModules = [ disko.nixosModules.disko ./modules/cattle.nix ];
 
   # The modules that one host of the (checked) fleet is made of, besides hostModules. `root` is the project's folder.
-  declared = root: name: host: {
+  declared = root: it: name: let host = it.hosts.${name}; in {
     networking.hostName = name;
     clawdlets = host;
     users.users.admin.openssh.authorizedKeys.keys =
       builtins.filter (line: !builtins.elem (body line) (map body (host.sshAuthorizedKeys or [ ]))) (ownKey root host);
+  } // (if it.cattle.enabled && it.cattle.host == name && host.orchestrator.enable then ordersCattle root it.cattle host else { });
+
+  # What the orchestrator that orders cattle reads of it, and the port where machines ask for their environment.
+  ordersCattle = root: cattle: host: let section = builtins.toJSON cattle; personas = root + "/fleet/personas"; in {
+    environment.etc = {
+      ${etc paths.cattleDeclared} = { inherit (paths.cattleDeclared) mode; text = section; };
+      ${etc paths.tailnetPorts} = { inherit (paths.tailnetPorts) mode; text = "${toString host.orchestrator.bootstrapPort}\n"; };
+    } // (if builtins.pathExists personas then { ${etc paths.cattlePersonas}.source = personas; } else { });
+    systemd.services.clf-orchestrator.restartTriggers = [ section ];
+    systemd.services.clawdlets-firewall.restartTriggers = [ (toString host.orchestrator.bootstrapPort) ];
   };
 
   # nixosConfigurations of every host in the fleet file (PROJECT/fleet/clawdlets.json). Throws when Python would refuse it.
   mkHosts = nixosSystem: file:
-    builtins.mapAttrs (name: host: nixosSystem { modules = hostModules ++ [ (declared (dirOf (dirOf file)) name host) ]; })
-      (fleet.load file).hosts;
+    let it = fleet.load file; in
+    builtins.mapAttrs (name: _: nixosSystem { modules = hostModules ++ [ (declared (dirOf (dirOf file)) it name) ]; }) it.hosts;
 }

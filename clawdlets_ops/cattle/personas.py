@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -27,18 +28,31 @@ def read(folder: Path, persona: str) -> tuple[PersonaFile, ...]:
         raise CattleError("is a link", where=str(place))
     found = []
     for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
-        status = entry.stat(follow_symlinks=False)
-        if not stat.S_ISREG(status.st_mode) or not _NAME.fullmatch(entry.name):
+        if not _NAME.fullmatch(entry.name):
             raise CattleError("is not a plain file with a plain name", where=entry.path)
-        if status.st_size > MAX_FILE_BYTES:
-            raise CattleError(f"has {status.st_size} bytes; {MAX_FILE_BYTES} are the limit", where=entry.path)
-        content = Path(entry.path).read_bytes()
-        if len(content) > MAX_FILE_BYTES:
-            raise CattleError(f"has more than {MAX_FILE_BYTES} bytes", where=entry.path)
-        found.append(PersonaFile(entry.name, content, executable=bool(status.st_mode & 0o100)))
+        found.append(_read(Path(entry.path)))
     if len(found) > MAX_FILES:
         raise CattleError(f"has {len(found)} files; {MAX_FILES} are the limit", where=str(place))
     return tuple(found)
+
+
+def _read(path: Path) -> PersonaFile:
+    """What is looked at is what is read: a link, or a pipe, that takes the file's place meanwhile is refused or not opened."""
+    plain = CattleError("is not a plain file with a plain name", where=str(path))
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise plain from None
+        raise
+    with open(fd, "rb") as stream:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            raise plain
+        content = stream.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise CattleError(f"is too large: {MAX_FILE_BYTES} are the limit, in bytes", where=str(path))
+    return PersonaFile(path.name, content, executable=bool(mode & 0o100))
 
 
 def faults(folder: Path, personas: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from clawdlets_ops.cattle.spawn import Spawner
 from clawdlets_ops.errors import OrchestratorError
 from clawdlets_ops.herd import Cattle, secrets_of
 from clawdlets_ops.hetzner import HetznerCloud
-from clawdlets_ops.orchestrator.daemon import Config, Parts, Work
+from clawdlets_ops.orchestrator.daemon import DATABASE_URL, Config, Parts, Work
 from clawdlets_ops.orchestrator.jobs import FINISHED, FieldError, Job, Kind, Status
 from clawdlets_ops.orchestrator.queue import NoSuchJob, Queue
 from clawdlets_ops.orchestrator.tokens import Grant, Purpose, Tokens
@@ -167,7 +167,7 @@ def key_desk(cattle: Cattle, config: Config, secrets: SecretFiles) -> KeyDesk:
 
 def never_sent(cattle: Cattle, secrets: SecretFiles) -> Sequence[Secret]:
     """What no user data may hold: whatever this host has that is a provider's or a persona's."""
-    names = [HCLOUD_TOKEN, OAUTH, HEADSCALE, *secrets_of(cattle)]
+    names = [HCLOUD_TOKEN, OAUTH, HEADSCALE, DATABASE_URL, *secrets_of(cattle)]
     return [found for name in names if (found := secrets.get(name)) is not None]
 
 

@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 
 from clawdlets_ops import hostfiles
 from clawdlets_ops.bots import bot_user
+from clawdlets_ops.cattle.personas import read as read_personas
 from clawdlets_ops.errors import LabError
-from clawdlets_ops.fleet import Host, Orchestrator
-from clawdlets_ops.layout import CLF_RUN_DIR, ORCHESTRATOR_CONFIG, ORCHESTRATOR_SOCKET, ORCHESTRATOR_STATE_DIR
+from clawdlets_ops.fleet import Fleet, Host, Orchestrator
+from clawdlets_ops.layout import (
+    CATTLE_DECLARED,
+    CATTLE_PERSONAS,
+    CLF_RUN_DIR,
+    ORCHESTRATOR_CONFIG,
+    ORCHESTRATOR_SOCKET,
+    ORCHESTRATOR_STATE_DIR,
+    TAILNET_PORTS,
+)
 
 BUNDLE = "usr/lib/clf-orchestrator"
 GUEST_PYTHON = (3, 11)
@@ -87,9 +96,10 @@ WantedBy=multi-user.target
 Files = dict[str, tuple[int, bytes]]
 
 
-def orchestrator_files(declared: Host, programs: str) -> Files:
+def orchestrator_files(fleet: Fleet, host: str, programs: str, *, personas: Path, keys: Sequence[str]) -> Files:
     """Path below the root → mode and content; nothing where it is not enabled. ``programs``: the folder of the host's own
-    programs. LabError when this Python is not the guest's."""
+    programs; ``personas``: the project's; ``keys`` may log in to cattle. LabError when this Python is not the guest's."""
+    declared = fleet.host(host)
     if not declared.orchestrator.enable:
         return {}
     if sys.version_info[:2] != GUEST_PYTHON:
@@ -102,13 +112,40 @@ def orchestrator_files(declared: Host, programs: str) -> Files:
     for name, module in (("clf", "clf"), ("clf-orchestrator", "clf_orchestrator")):
         files[f"{programs}/{name}"] = (0o555, _WRAPPER.format(bundle=BUNDLE, module=module).encode())
     config = ORCHESTRATOR_CONFIG
-    files[str(config.path.relative_to("/"))] = (config.mode, json.dumps(config_of(declared.orchestrator)).encode())
+    files[str(config.path.relative_to("/"))] = (
+        config.mode,
+        json.dumps(config_of(declared.orchestrator, keys)).encode(),
+    )
+    files |= cattle_files(fleet, host, personas)
     for name, text in units(declared).items():
         files[name] = (0o644, text.encode())
     return files
 
 
-def config_of(declared: Orchestrator) -> dict[str, object]:
+def cattle_files(fleet: Fleet, host: str, personas: Path) -> Files:
+    """What the fleet says of cattle, the personas' files and the open port; nothing unless this host orders cattle."""
+    if not fleet.orders_cattle(host):
+        return {}
+    declared, ports = CATTLE_DECLARED, TAILNET_PORTS
+    section = fleet.cattle.model_dump_json(by_alias=True)
+    return {
+        str(declared.path.relative_to("/")): (declared.mode, section.encode()),
+        str(ports.path.relative_to("/")): (
+            ports.mode,
+            "".join(f"{port}\n" for port in fleet.tailnet_ports(host)).encode(),
+        ),
+        **{
+            str(CATTLE_PERSONAS.path.relative_to("/") / persona / file.name): (
+                0o555 if file.executable else 0o444,
+                file.content,
+            )
+            for persona in sorted(fleet.cattle.personas)
+            for file in read_personas(personas, persona)
+        },
+    }
+
+
+def config_of(declared: Orchestrator, keys: Sequence[str] = ()) -> dict[str, object]:
     """The daemon's configuration, with the same keys as the NixOS module's. Pure."""
     return {
         "store": declared.store,
@@ -116,6 +153,7 @@ def config_of(declared: Orchestrator) -> dict[str, object]:
         "keepDays": declared.keep_days,
         "operatorsGroup": declared.operators_group,
         "bootstrap": {"port": declared.bootstrap_port},
+        "authorizedKeys": list(keys),
     }
 
 

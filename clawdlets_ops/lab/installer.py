@@ -182,6 +182,7 @@ def profile_files(layout: Layout, host: str, *, lab_dir: Path) -> dict[str, tupl
     declared = fleet.host(host)
     programs = _programs()
     profile = {"host": host}
+    keys = admin_keys(layout, declared, home=str(Path.home()))
     files: dict[str, tuple[int, bytes]] = {
         "etc/hostname": (0o644, f"{host}\n".encode()),
         "etc/hosts": (0o644, f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {host}\n".encode()),
@@ -192,7 +193,7 @@ def profile_files(layout: Layout, host: str, *, lab_dir: Path) -> dict[str, tupl
         "etc/ssh/sshd_config": (0o644, hostfiles.sshd_config().encode()),
         "etc/ssh/authorized_keys.d/admin": (
             0o644,
-            "".join(f"{key}\n" for key in admin_keys(layout, declared, home=str(Path.home()))).encode(),
+            "".join(f"{key}\n" for key in keys).encode(),
         ),
         "etc/sudoers.d/clawdlets": (0o440, hostfiles.text("sudoers").encode()),
         "etc/clawdlets/profile.json": (0o644, json.dumps(profile, indent=2).encode()),
@@ -216,7 +217,7 @@ def profile_files(layout: Layout, host: str, *, lab_dir: Path) -> dict[str, tupl
     if declared.tailnet.mode == "tailscale":
         files["etc/clawdlets/tailscale"] = (0o644, b"")
         files |= host_files(lab_dir, host, f"nix/store/{store}/sw/bin")
-    files |= orchestrator_files(declared, f"nix/store/{store}/sw/bin")
+    files |= orchestrator_files(fleet, host, f"nix/store/{store}/sw/bin", personas=layout.personas_dir, keys=keys)
     return files
 
 

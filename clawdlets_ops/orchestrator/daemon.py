@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import uvloop
 from pydantic import Field, ValidationError
@@ -23,7 +23,13 @@ from clawdlets_ops.declared import Model
 from clawdlets_ops.errors import ClawdletsError, OrchestratorError, StoreError
 from clawdlets_ops.fleet import HttpAddress
 from clawdlets_ops.herd import Cattle
-from clawdlets_ops.layout import CATTLE_PERSONAS, ORCHESTRATOR_DATABASE, ORCHESTRATOR_SOCKET, RUN_SECRETS
+from clawdlets_ops.layout import (
+    CATTLE_DECLARED,
+    CATTLE_PERSONAS,
+    ORCHESTRATOR_DATABASE,
+    ORCHESTRATOR_SOCKET,
+    RUN_SECRETS,
+)
 from clawdlets_ops.orchestrator.app import make_app, quiet
 from clawdlets_ops.orchestrator.bootstrap import RESULT_BYTES, make_bootstrap_app
 from clawdlets_ops.orchestrator.clock import JUMP_MS, SteadyClock
@@ -60,7 +66,8 @@ class BootstrapConfig(Model):
 
 
 class Config(Model):
-    """``/etc/clf/orchestrator.json``: no secret, only where secrets are. ``cattle`` is the fleet file's section.
+    """``/etc/clf/orchestrator.json``: no secret, only where secrets are. ``cattle`` is the fleet file's section; where it is
+    not said, it is read from ``cattleFile``, if that is there.
 
     ``baseUrl``: where machines fetch their environment, when it is not this process that listens there. ``personas``: a folder
     for each persona. ``authorizedKeys`` may log in to cattle. ``tailnetCa``: what a headscale's certificate is checked by.
@@ -80,10 +87,12 @@ class Config(Model):
     personas: str = str(CATTLE_PERSONAS.path)
     authorized_keys: tuple[str, ...] = ()
     tailnet_ca: str | None = None
+    cattle_file: str = str(CATTLE_DECLARED.path)
     cattle: Cattle = Field(default_factory=Cattle)
 
 
 DATABASE_URL = "clf_database_url"
+M = TypeVar("M", bound=Model)
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,16 @@ MakeWork = Callable[[Parts], Work]
 
 def read_config(path: Path) -> Config:
     """The configuration; OrchestratorError with the key that is wrong."""
+    config = _read(Config, path)
+    declared = Path(config.cattle_file)
+    if "cattle" in config.model_fields_set or not declared.exists():
+        return config
+    return config.model_copy(update={"cattle": _read(Cattle, declared)})
+
+
+def _read(kind: type[M], path: Path) -> M:
     try:
-        return Config.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except OSError as error:
         raise OrchestratorError(f"cannot be read ({error.strerror})", where=str(path)) from error
     except ValidationError as error:

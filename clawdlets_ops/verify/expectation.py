@@ -56,6 +56,7 @@ def build_expectation(
     mode: Literal["tailnet", "bootstrap", "public"],
     public: Mapping[int, str],
     tailnet: Mapping[int, str],
+    tailnet_ports: Sequence[int] = (),
     ssh_port: int = 22,
     pin: str,
     admin_keys: tuple[str, ...],
@@ -66,7 +67,7 @@ def build_expectation(
 ) -> dict[str, Any]:
     """The document for one host.
 
-    ``public`` and ``tailnet`` map a family (4, 6) to an address; ``pin`` and ``admin_keys`` are public key lines; ``cloud``
+    ``public`` and ``tailnet`` map a family (4, 6) to an address; ``tailnet_ports`` are open to the tailnet besides SSH; ``pin`` and ``admin_keys`` are public key lines; ``cloud``
     is what the API shows: ``{"server": {name, status, labels}, "firewalls": [{name, status, "rules": [{direction,
     protocol, port, sourceIps}]}]}``, None when it could not be asked; ``node`` is the host as the operator's tailscale sees
     it. VerifyError when there is no address to log in at.
@@ -113,6 +114,7 @@ def build_expectation(
             "allowUdpIngress": declared.tailnet.allow_udp_ingress,
             "interface": TAILSCALE_INTERFACE,
             "udpPort": TAILSCALE_UDP_PORT,
+            "ports": list(tailnet_ports),
             "minKeyLifeDays": MIN_KEY_LIFE.days,
             "node": {"keyExpiry": node.key_expiry.isoformat() if node.key_expiry else None} if node else None,
         },

@@ -68,6 +68,7 @@ def expect(
         mode=declared.ssh_exposure.mode,
         public=server.addresses,
         tailnet=inside,
+        tailnet_ports=project.fleet.tailnet_ports(host),
         pin=store.host_ssh_pin(project, host),
         admin_keys=project.admin_keys(host),
         identity_file=str(project.ssh_identity_file(host)),

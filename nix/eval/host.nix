@@ -20,7 +20,7 @@ let
   };
 in
 {
-  host = root: name: host: evaluate { modules = clawdlets.hostModules ++ [ (clawdlets.declared root name host) ]; inherit pkgs complete; };
+  host = root: it: name: evaluate { modules = clawdlets.hostModules ++ [ (clawdlets.declared root it name) ]; inherit pkgs complete; };
   cattle = evaluate { modules = clawdlets.cattleModules; inherit pkgs; };
   fleet = import ../fleet.nix;
 }

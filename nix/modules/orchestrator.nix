@@ -20,7 +20,7 @@ lib.mkIf o.enable {
   environment.systemPackages = [ package ]; # clf, for bots and operators
   environment.etc.${etc paths.orchestratorConfig.path} = {
     inherit (paths.orchestratorConfig) mode;
-    text = builtins.toJSON { inherit (o) store workers keepDays operatorsGroup; bootstrap.port = o.bootstrapPort; };
+    text = builtins.toJSON { inherit (o) store workers keepDays operatorsGroup; bootstrap.port = o.bootstrapPort; authorizedKeys = config.users.users.admin.openssh.authorizedKeys.keys; };
   };
   systemd.tmpfiles.rules = [ "d ${paths.clfRunDir.path} ${paths.clfRunDir.mode} root ${paths.clfRunDir.group} -" ];
   systemd.sockets.clf-orchestrator = {

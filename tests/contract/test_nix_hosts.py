@@ -19,7 +19,9 @@ import pytest
 
 from clawdlets_ops import egress, hostfiles
 from clawdlets_ops.fleet import parse_fleet
+from clawdlets_ops.lab import host_orchestrator
 from clawdlets_ops.layout import secret_file_on_server
+from clawdlets_ops.orchestrator import daemon
 from clawdlets_ops.secrets.plan import needs
 from tests.contract.test_egress_referees import with_users
 from tests.contract.test_nix_fleet import WHOLE
@@ -57,12 +59,13 @@ let
     security = c.security or null;
     grub = c.boot.loader.grub;
     disk = c.disko.devices.disk.main;
-    etc = builtins.mapAttrs (_: file: file.text or null) c.environment.etc;
+    etc = builtins.mapAttrs (_: file: file.text or (toString file.source)) c.environment.etc;
     sops = c.sops or null;
     platform = c.nixpkgs.hostPlatform or null;
     mounts = c.fileSystems or null;
   };
-in builtins.mapAttrs (name: host: show (e.host ../. name host)) (e.fleet.fill fleet).hosts // { cattle = show e.cattle; }
+  it = e.fleet.fill fleet;
+in builtins.mapAttrs (name: _: show (e.host ../. it name)) it.hosts // { cattle = show e.cattle; }
 """
 
 
@@ -131,6 +134,26 @@ def test_secrets_are_those_that_python_ships_where_it_ships_them(hosts: dict[str
 def test_a_secret_restarts_the_bot_that_reads_it(hosts: dict[str, Any]) -> None:
     assert hosts["alpha"]["sops"]["secrets"]["token"]["restartUnits"] == ["clawdlets-bot-maren.service"]
     assert hosts["alpha"]["sops"]["secrets"]["guest"]["restartUnits"] == []
+
+
+def test_the_orchestrator_reads_what_nixos_lays_down_as_what_the_lab_lays_down(
+    hosts: dict[str, Any], tmp_path: Path
+) -> None:
+    fleet, etc = parse_fleet(json.dumps(FLEET)), hosts["alpha"]["etc"]
+    for name in ("orchestrator.json", "cattle.json"):
+        (tmp_path / name).write_text(etc[f"clf/{name}"])
+    read = daemon.read_config(tmp_path / "orchestrator.json")
+    lab = host_orchestrator.config_of(fleet.host("alpha").orchestrator, fleet.host("alpha").ssh_authorized_keys)
+    assert read == daemon.Config.model_validate_json(json.dumps(lab))
+    (tmp_path / "with.json").write_text(json.dumps({"cattleFile": str(tmp_path / "cattle.json")}))
+    assert daemon.read_config(tmp_path / "with.json").cattle == fleet.cattle
+    laid = host_orchestrator.cattle_files(fleet, "alpha", ROOT / "fleet" / "personas")
+    ours = {name.removeprefix("etc/").split("/rex/")[0]: content.decode() for name, (_, content) in laid.items()}
+    assert etc["clawdlets/tailnet-ports"] == ours["clawdlets/tailnet-ports"] == "18337\n"
+    assert etc["clf/cattle-personas"] == str(ROOT / "fleet" / "personas")
+    assert "clf/cattle-personas" in ours
+    for name in set(FLEET["hosts"]) - {"alpha"}:
+        assert {"clf/cattle.json", "clf/cattle-personas", "clawdlets/tailnet-ports"}.isdisjoint(hosts[name]["etc"])
 
 
 @pytest.mark.parametrize("name", sorted(FLEET["hosts"]))
@@ -297,7 +320,7 @@ def test_cattle_keeps_user_data_in_memory_and_lets_cloud_init_do_little(hosts: d
 def test_a_host_that_python_refuses_does_not_evaluate_by_the_modules_alone(change: dict[str, Any], said: str) -> None:
     host = {**WHOLE["hosts"]["beta"], **change}
     done = nix_run(
-        'let h = (import ./eval/host.nix).host ../. "beta" host; in { inherit (h) failed; mode = h.config.clawdlets; }',
+        'let h = (import ./eval/host.nix).host ../. { hosts.beta = host; cattle.enabled = false; } "beta"; in { inherit (h) failed; mode = h.config.clawdlets; }',
         host=host,
     )
     assert said in done.stderr + done.stdout
@@ -321,7 +344,7 @@ def test_the_operators_key_is_taken_from_the_repository_where_it_is_there(tmp_pa
     (tmp_path / "keys" / "ada.pub").write_text(other + "\n")
     host = {**WHOLE["hosts"]["beta"], "provisioning": {"adminCidrs": ["203.0.113.7"], "sshPubkeyFile": "keys/ada.pub"}}
     expression = f"""let e = import ./eval/host.nix; beta = ((e.fleet.fill {{ schemaVersion = 1; hosts.beta = host; }}).hosts.beta);
-      h = e.host {tmp_path} "beta" beta; in {{ inherit (h) failed; keys = h.config.users.users.admin.openssh.authorizedKeys.keys; }}"""
+      it = {{ hosts = {{ inherit beta; }}; cattle.enabled = false; }}; h = e.host {tmp_path} it "beta"; in {{ inherit (h) failed; keys = h.config.users.users.admin.openssh.authorizedKeys.keys; }}"""
     assert nix(expression, host=host) == {"failed": [], "keys": [*host["sshAuthorizedKeys"], other]}
     host = {
         **host,

@@ -87,3 +87,21 @@ def test_the_timer_waits_for_whoever_is_at_it_longer_than_a_command_does(tmp_pat
     found = told(tmp_path, script, wait_s=1)
     assert found["command"] == "status=75 mode=tailnet trial=yes open=0"
     assert found["timer"] == "status=0 mode=bootstrap trial=no open=1"
+
+
+def test_the_declared_ports_are_open_to_the_tailnet_in_every_mode_and_nonsense_opens_nothing(tmp_path: Path) -> None:
+    script = """
+      mkdir -p /run/etc/clawdlets
+      mount -t tmpfs tmpfs /etc
+      mkdir /etc/clawdlets
+      printf '18337\\n0\\n65536\\n22 accept\\n1x\\n*\\n' >/etc/clawdlets/tailnet-ports
+      for mode in bootstrap tailnet; do
+        echo "$mode" >/var/lib/clawdlets/exposure
+        sh "$program" restore
+        echo "$mode $(nft list table inet clawdlets | grep -o '"tailscale0" tcp dport .*' | tr '\\n' ';')"
+      done
+    """
+    found = told(tmp_path, script)
+    # "22 accept" is two words on a line: the first is a port, and open already; the second is none.
+    expected = '"tailscale0" tcp dport 22 accept;"tailscale0" tcp dport 18337 accept;"tailscale0" tcp dport 22 accept;'
+    assert found == {"bootstrap": expected, "tailnet": expected}

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from clawdlets_ops.cattle import personas
+from clawdlets_ops.errors import OrchestratorError
+from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.lab import host_orchestrator
-from clawdlets_ops.orchestrator.daemon import Config
+from clawdlets_ops.orchestrator.daemon import Config, read_config
+from tests.contract.test_nix_fleet import WHOLE
 from tests.egress_fleet import host_in
 
 pytestmark = pytest.mark.integration
@@ -58,7 +62,53 @@ def test_a_bundle_that_lacks_one_would_be_noticed(bundle: Path, tmp_path: Path) 
 
 
 def test_nothing_is_laid_down_where_it_is_not_declared() -> None:
-    assert host_orchestrator.orchestrator_files(host_in("smtp-only", {"maren": {}}), "programs") == {}
+    fleet = parse_fleet(json.dumps(WHOLE))
+    assert host_orchestrator.orchestrator_files(fleet, "beta", "programs", personas=Path("none"), keys=[]) == {}
+    assert host_orchestrator.cattle_files(fleet, "beta", Path("none")) == {}
+    fleet = parse_fleet(json.dumps({**WHOLE, "cattle": {**WHOLE["cattle"], "enabled": False}}))
+    assert host_orchestrator.cattle_files(fleet, "alpha", Path("none")) == {}
+
+
+def test_what_is_declared_of_cattle_is_laid_down_and_read_by_the_daemon(tmp_path: Path) -> None:
+    fleet = parse_fleet(json.dumps(WHOLE))
+    persona = tmp_path / "personas" / "rex"
+    persona.mkdir(parents=True)
+    (persona / "run").write_text("#!/bin/sh\n")
+    (persona / "run").chmod(0o755)
+    (persona / "SOUL.md").write_text("calm\n")
+    files = host_orchestrator.cattle_files(fleet, "alpha", tmp_path / "personas")
+    assert files["etc/clawdlets/tailnet-ports"] == (0o444, b"18337\n")
+    for name, (mode, content) in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        path.chmod(mode)
+    config = tmp_path / "orchestrator.json"
+    document = {
+        **host_orchestrator.config_of(fleet.host("alpha").orchestrator, ["ssh-ed25519 AAAA olive"]),
+        "cattleFile": str(tmp_path / "etc/clf/cattle.json"),
+        "personas": str(tmp_path / "etc/clf/cattle-personas"),
+    }
+    config.write_text(json.dumps(document))
+    read = read_config(config)
+    assert read.cattle == fleet.cattle
+    assert read.authorized_keys == ("ssh-ed25519 AAAA olive",)
+    found = personas.read(Path(read.personas), "rex")
+    assert [(file.name, file.executable) for file in found] == [("SOUL.md", False), ("run", True)]
+
+
+def test_what_is_said_of_cattle_wins_and_a_wrong_file_is_told(tmp_path: Path) -> None:
+    declared, config = tmp_path / "cattle.json", tmp_path / "config.json"
+    declared.write_text('{"enabled": true}')
+    config.write_text(json.dumps({"cattleFile": str(declared)}))
+    with pytest.raises(OrchestratorError, match=r"host is not named") as wrong:
+        read_config(config)
+    assert wrong.value.where == str(declared)
+    config.write_text(json.dumps({"cattleFile": str(declared), "cattle": {"maxInstances": 7}}))
+    assert read_config(config).cattle.max_instances == 7
+    declared.unlink()
+    config.write_text(json.dumps({"cattleFile": str(declared)}))
+    assert read_config(config).cattle.enabled is False
 
 
 def test_what_is_laid_down_is_what_the_daemon_reads_and_systemd_needs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -260,6 +261,11 @@ def test_a_personas_files_are_read_and_anything_else_is_refused(tmp_path: Path, 
     (folder / "link").symlink_to("/etc/passwd")
     assert "is not a plain file" in personas.faults(tmp_path, ["rex"])[0]
     (folder / "link").unlink()
+    os.mkfifo(folder / "pipe")  # nobody writes to it: opened as a file is, it would never end
+    assert "is not a plain file" in personas.faults(tmp_path, ["rex"])[0]
+    (folder / "pipe").unlink()
+    (folder / "run").chmod(0o755)
+    assert [file.executable for file in personas.read(tmp_path, "rex")] == [True]
     (folder / "large").write_bytes(b"x" * 16385)
     assert "16384 are the limit" in personas.faults(tmp_path, ["rex"])[0]
     (folder / "large").write_bytes(b"x" * 16384)

@@ -863,3 +863,15 @@ def test_a_rendered_template_is_no_stray_secret_unless_everybody_may_read_it() -
     assert with_state(run_suite(world), "fail", "unknown") == set()
     appended("secrets", f"444 bot-maren bots regular file 9 {NOW}/rendered/x")(world)
     assert with_state(run_suite(world), "fail") == {"FS-03"}
+
+
+def test_the_port_of_cattle_may_be_open_to_the_tailnet_where_it_is_declared() -> None:
+    world = good_world()
+    listening = appended("listen-tcp", 'LISTEN 0 5 100.64.7.2:18337 *:* users:(("python3",pid=5,fd=3))')
+    listening(world)
+    edit_rules(
+        lambda objects: objects.append(nft_rule("input", match(IIF, "tailscale0"), match(DPORT, 18337), ACCEPT))
+    )(world)
+    assert run_suite(world)["TS-02"][0] == "fail"
+    world["expected"]["tailnet"]["ports"] = [18337]
+    assert run_suite(world)["TS-02"][0] == "pass"

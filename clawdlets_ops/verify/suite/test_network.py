@@ -108,15 +108,16 @@ def test_the_host_keeps_the_declared_mode(expected: dict[str, Any], facts: dict[
     id="TS-02",
     severity="medium",
     claim=HOST_FIREWALL,
-    expect="other ports than 22 are dropped on tailscale0",
-    fix="networking.firewall.interfaces.tailscale0 with port 22 alone; trustedInterfaces without tailscale0",
+    expect="other ports than 22, and than the one of cattle on the host that orders it, are dropped on tailscale0",
+    fix="/etc/clawdlets/tailnet-ports holds the ports besides SSH; no rule of yours lets tailscale0 in",
 )
 def test_the_tailnet_reaches_ssh_alone(expected: dict[str, Any], facts: dict[str, Any], observe: Observe) -> None:
     """The ruleset for packets from the tailnet, for every port that something listens on and some that others use."""
     if expected["tailnet"]["mode"] == "none":
         raise NotApplicable("tailnet.mode is none")
     objects = ruleset(facts)
-    ports = sorted({one.port for one in other_listeners(expected, facts)} | set(COMMON_PORTS))
+    others = {one.port for one in other_listeners(expected, facts)} | set(COMMON_PORTS)
+    ports = sorted(others - set(expected["tailnet"]["ports"]))
     faults = let_in(objects, expected["tailnet"]["interface"], ports)
     observe(settle(faults, f"{len(ports)} other ports are dropped on {expected['tailnet']['interface']}"))
 
