@@ -41,6 +41,7 @@ from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.lab.backend import MachineSpec, Rule
 from clawdlets_ops.lab.cloud import Cloud, LoopbackPool, StubBackend
 from clawdlets_ops.lab.faults import FaultBook, FaultyEmulator, parse_fault
+from clawdlets_ops.lab.ratelimit import Budget
 from clawdlets_ops.orchestrator import daemon
 from clawdlets_ops.orchestrator.client import Client
 from clawdlets_ops.orchestrator.clock import SteadyClock
@@ -60,6 +61,7 @@ JOBS_PER_KILL = 0.35
 SETTLE_S = 1.0
 PAUSE_S = 1.0
 WORK_OFF_S = 1800.0
+BUDGET = 1_000_000
 ZERO = ("duplicates", "orphans", "lost", "over_cap", "strangers", "tokens", "twice")
 FAULTS = (
     "answer 500 POST /servers times=1", "answer 429 POST /servers times=1", "answer resource_unavailable POST /servers times=1",
@@ -109,7 +111,7 @@ def _make_work(parts: daemon.Parts) -> daemon.Work:
 
     def short(kind: Any) -> Any:
         if kind.name == wiring.SPAWN:
-            spawner = replace(kind.handler, settle_s=SETTLE_S, poll_s=0.05, room_s=30.0)
+            spawner = replace(kind.handler, settle_s=SETTLE_S, poll_s=0.05, look_s=0.05, room_s=30.0)
             return replace(kind, handler=spawner, clean_up=spawner.clean_up, lease_s=LEASE_S, max_attempts=20)
         return replace(kind, handler=replace(kind.handler, settle_s=5.0), lease_s=LEASE_S, max_attempts=20)
 
@@ -298,7 +300,10 @@ class Bench:
             clock=lambda: datetime.now(UTC) + self._book.skew,
         )
         self._journal = folder / "journal.jsonl"
-        self._emulator = FaultyEmulator(self._cloud, token=TOKEN, journal_file=self._journal, book=self._book)
+        # Two kills a second make each job begin ten times within minutes: what counts here is not the budget.
+        self._emulator = FaultyEmulator(
+            self._cloud, token=TOKEN, journal_file=self._journal, book=self._book, budget=Budget(BUDGET)
+        )
         self._config = folder / "orchestrator.json"
         self._accepted: dict[str, str] = {}
         self._canceled: set[str] = set()
@@ -507,6 +512,7 @@ def main() -> int:
             level=logging.INFO, stream=sys.stderr, format="%(process)d %(levelname)s %(name)s: %(message)s"
         )
         return _run_nursery(said.config)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     with tempfile.TemporaryDirectory(prefix="clf-kills-") as folder:
         if said.keep:
             said.keep.mkdir(mode=0o700, parents=True)

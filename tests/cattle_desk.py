@@ -141,6 +141,7 @@ class Desk:
             authorized_keys=(SSH_KEY,),
             settle_s=0.6,
             poll_s=0.02,
+            look_s=0.02,
             room_s=0.3,
         )
         self.reaper = Reaper(
@@ -196,9 +197,9 @@ class Desk:
             time.sleep(0.01)
 
     @contextmanager
-    def working(self, count: int = 1) -> Iterator[None]:
+    def working(self, count: int = 1, **spawner: Any) -> Iterator[None]:
         """``count`` workers at work, each in a thread."""
-        workers = [self.worker(f"w{number}") for number in range(count)]
+        workers = [self.worker(f"w{number}", **spawner) for number in range(count)]
         threads = [threading.Thread(target=worker.run, kwargs={"poll_s": 0.02}, daemon=True) for worker in workers]
         for thread in threads:
             thread.start()

@@ -92,7 +92,8 @@ class TokenDesk(Protocol):
 @dataclass(frozen=True)
 class Spawner:
     """The handler of ``cattle.spawn``. ``host`` is the orchestrator's; ``base_url`` where machines fetch their environment;
-    ``unfinished`` lists the unfinished jobs of this kind, running or waiting; ``never`` what no user data may hold."""
+    ``unfinished`` lists the unfinished jobs of this kind, running or waiting; ``never`` what no user data may hold. Own
+    state is looked at every ``poll_s``; the API is asked every ``look_s`` about a server that runs, and for room."""
 
     host: str
     cattle: Callable[[], Cattle]
@@ -106,6 +107,7 @@ class Spawner:
     authorized_keys: tuple[str, ...] = ()
     settle_s: float = 45.0
     poll_s: float = 2.0
+    look_s: float = 20.0
     room_s: float = 900.0
     jitter: Callable[[], float] = randomness.random
     new_order: Callable[[], str] = field(default=lambda: secrets.token_hex(8))
@@ -261,7 +263,7 @@ class Spawner:
             if full != said:
                 context.note(f"waits for room: {full}")
                 said = full
-            pause = self.poll_s * (0.5 + self.jitter())
+            pause = self.look_s * (0.5 + self.jitter())
             context.sleep(pause)
             left_s -= pause
 
@@ -327,8 +329,10 @@ class Spawner:
     # --- watching ---
 
     def _watch(self, job: Job, context: Context, server: Server) -> Json:
-        """Until the result is there, the time is up, or the server is gone or off."""
+        """Until the result is there, the time is up, or the server is gone or off. The API is asked often until the server
+        runs, and rarely then: the result comes to us, and 3600 requests an hour are for everything in the project."""
         deadline_ms = int(job.state["order"]["deadline"]) * 1000
+        looked: int | None = None
         while True:
             context.check()
             if context.task_result() is not None:
@@ -337,14 +341,16 @@ class Spawner:
             if context.clock() >= deadline_ms:
                 context.note("its time is up")
                 break
-            seen = self.cloud.server_by_id(server.id)
-            if seen is None:
-                break
-            if seen.status == "running":
-                job = self._say(job, context, "runningAt")
-            if seen.status == "off" and "runningAt" in job.state:
-                context.note("it is switched off, and is paid for all the same")
-                break
+            if looked is None or "runningAt" not in job.state or context.clock() - looked >= self.look_s * 1000:
+                looked = context.clock()
+                seen = self.cloud.server_by_id(server.id)
+                if seen is None:
+                    break
+                if seen.status == "running":
+                    job = self._say(job, context, "runningAt")
+                if seen.status == "off" and "runningAt" in job.state:
+                    context.note("it is switched off, and is paid for all the same")
+                    break
             context.sleep(self.poll_s)
         self._delete_all(job, context)
         job = _as_now(job, context.remember(goneAt=context.clock()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from clawdlets_ops.cattle import labels, userdata
+from clawdlets_ops.cattle.spawn import Spawner
 from clawdlets_ops.orchestrator.jobs import Status
 from clawdlets_ops.sensitive import Secret
 from tests.cattle_desk import AUTH_KEY, Desk, Killed, herd, running_desk
@@ -215,6 +217,21 @@ def test_caps_hold_in_all_and_per_bot_with_several_workers_at_once(desk: Desk) -
     assert 1 <= most <= 2
     assert of_otto <= 1
     assert desk.servers() == ()
+
+
+def test_a_machine_at_work_costs_the_projects_request_budget_little(desk: Desk) -> None:
+    """Two at work all the time, looked at every two seconds, would take all that there is."""
+    job_id = desk.enqueue()
+    with desk.working(look_s=3600.0):
+        desk.until(lambda: "runningAt" in desk.job(job_id).state)
+        time.sleep(0.2)
+        before = len(desk.cloud.calls)
+        time.sleep(0.5)  # 25 times poll_s
+        assert desk.cloud.calls[before:] == []
+        desk.finish(job_id)
+        desk.until(lambda: desk.job(job_id).status is Status.DONE)
+    assert desk.servers() == ()
+    assert Spawner.look_s >= 20.0
 
 
 def test_a_server_that_is_switched_off_counts_and_its_job_ends(desk: Desk) -> None:
