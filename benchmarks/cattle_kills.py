@@ -6,7 +6,8 @@ The emulated cloud and its API are one process that lives throughout, with stubs
 clf-orchestrator, as it runs on a host: unix socket, three workers, reaper. ``worker`` processes lease jobs from the same database. All
 of them are killed with SIGKILL at random instants, and started again. Meanwhile bots enqueue jobs over the socket (and some are
 canceled), and machines send their results, as they would over the tailnet; a part of the API's answers is lost, late or
-an error. When the kills are done, everything that is queued is worked off, and jobs, servers and tokens are reconciled:
+an error. When the kills are done, everything that is queued is worked off, and jobs, servers and tokens are reconciled. *in_spawn*, *in_reap*: kills while
+such a job was running. *left_over*: servers that only the reaper can know of, made meanwhile; *reaped*: what reapers say they deleted.
 
 *duplicates*: jobs for which more than one server was there at one time. *orphans*: servers that are left after a reaper's
 cycle. *lost*: jobs that were accepted and have no end, or that ended as done without the result that their machine sent. *over
@@ -82,6 +83,8 @@ class Tally:
     kills: int = 0
     killed: Counter[str] = field(default_factory=Counter)
     in_spawn: int = 0
+    in_reap: int = 0
+    left_over: int = 0
     accepted: int = 0
     ended: Counter[str] = field(default_factory=Counter)
     attempts: int = 0
@@ -375,6 +378,20 @@ class Bench:
             made.append(server.id)
         return made
 
+    def _leave_one_over(self) -> None:
+        """A server whose time is long up and whose job is in no queue, as a host that was lost leaves it: the reaper's."""
+        number = self.tally.left_over
+        order = f"{number:016x}"
+        brand = labels.Brand(
+            HOST, f"{order[:8]}-{order[8:12]}-4000-8000-{number:012x}", order, "rex", "maren", 1, 1_000_000_000
+        )
+        with suppress(ClawdletsError):  # a fault is for whoever meets it
+            self._api().order_server(
+                f"left-over-{number}", image="debian-12", server_type="cx23", location="nbg1", labels=brand.labels({}),
+                user_data=Secret("#cloud-config\n"), firewalls=(),
+            )  # fmt: skip
+            self.tally.left_over += 1
+
     def _ask(self, socket_path: str, jobs: int) -> None:
         """Bots at work: each job is asked for until it is accepted, under one idempotency key; some are canceled."""
         client = Client(socket_path, timeout_s=5)
@@ -425,6 +442,9 @@ class Bench:
                 process.revive()
             chosen = self._chance.choice(processes)
             self.tally.in_spawn += any(job.status is Status.RUNNING for job in wiring.unfinished(queue))
+            if self._chance.random() < 0.2:
+                self._leave_one_over()
+            self.tally.in_reap += bool(queue.list_jobs(kinds=[wiring.REAP], statuses=[Status.RUNNING], limit=1))
             chosen.kill()
             self.tally.kills += 1
             self.tally.killed[chosen.role] += 1
