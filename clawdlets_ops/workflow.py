@@ -143,11 +143,13 @@ def bootstrap(
     *,
     snapshot: Snapshot | None = None,
     until: str = STAGES[-1],
+    before_change: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome]:
     """The stages in order on one host, the last one ``until``, those with nothing to do left untouched; yields each outcome
     as it comes.
 
     Plans and the verification look at ``snapshot``, if there is one, instead of asking the API for this host alone.
+    ``before_change`` is called before a stage that changes something beyond this machine, and may raise a ClawdletsError.
     """
     tools = tools or tools_for(project)
     looking = replace(tools, cloud=snapshot) if snapshot else tools
@@ -155,7 +157,7 @@ def bootstrap(
     quiet = "verify" in stages
     for stage in stages:
         if stage == "lockdown" and quiet and _edge_is_as_declared(project, host, looking.cloud):
-            yield from _as_it_is(project, host, tools, looking, snapshot)
+            yield from _as_it_is(project, host, tools, looking, snapshot, before_change)
             return
         try:
             planned = plan(stage, project, host, looking)
@@ -168,6 +170,8 @@ def bootstrap(
             yield _untouched(stage, host, tools, str(planned))
         else:
             quiet = False
+            if stage != "payload":
+                before_change()
             yield _touched(stage, project, host, tools, snapshot)
 
 
@@ -183,7 +187,12 @@ def _disk_errors_told(host: str) -> Iterator[None]:
 
 
 def _as_it_is(
-    project: Project, host: str, tools: Tools, looking: Tools, snapshot: Snapshot | None
+    project: Project,
+    host: str,
+    tools: Tools,
+    looking: Tools,
+    snapshot: Snapshot | None,
+    before_change: Callable[[], None],
 ) -> Iterator[Outcome]:
     """Lockdown and verify for a host that had nothing to be done so far, its edge as declared.
 
@@ -220,6 +229,7 @@ def _as_it_is(
         yield _untouched("lockdown", host, tools, str(planned))
         raise refused
     journal.say(host, "verify", "unchanged", f"{refused.what}: the lockdown comes first")
+    before_change()
     yield _touched("lockdown", project, host, tools, snapshot)
     yield apply("verify", project, host, looking)
 

@@ -83,11 +83,9 @@ def bootstrap(
         def check(others: int) -> None:
             check_budget(getattr(tools.cloud, "budget", None), where=host, at_work=others)
 
-        with at_work.one(check):
-            for outcome in workflow.bootstrap(project, host, tools, snapshot=snapshot, until=until):
-                yield outcome
-                if outcome.stage != until:
-                    check(at_work.inside - 1)
+        # What looks, or has nothing to do, goes on with few requests too: it costs a handful for all hosts.
+        with at_work.turn(check) as begin:
+            yield from workflow.bootstrap(project, host, tools, snapshot=snapshot, until=until, before_change=begin)
 
     tools.journal.say("", "run", "started", f"bootstrap {' '.join(hosts)}", hosts=list(hosts), parallel=parallel)
     started = time.monotonic()
@@ -150,23 +148,29 @@ def run(
 
 
 class _Gauge:
-    """How many are ``inside``. Who is turned away by its own check was never counted by another's."""
+    """How many have begun to change something. Who is turned away by its own check was never counted by another's."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.inside = 0
+        self._inside = 0
 
     @contextmanager
-    def one(self, check: Callable[[int], None]) -> Iterator[None]:
-        """Come in, if ``check`` of how many are inside does not raise."""
-        with self._lock:
-            check(self.inside)
-            self.inside += 1
+    def turn(self, check: Callable[[int], None]) -> Iterator[Callable[[], None]]:
+        """What to call before each change: one more is inside, unless ``check`` of how many others are raises."""
+        inside = False
+
+        def begin() -> None:
+            nonlocal inside
+            with self._lock:
+                check(self._inside - inside)
+                self._inside += not inside
+                inside = True
+
         try:
-            yield
+            yield begin
         finally:
             with self._lock:
-                self.inside -= 1
+                self._inside -= inside
 
 
 @dataclass

@@ -151,7 +151,8 @@ class TestBudget:
     def test_a_run_on_a_budget_that_is_nearly_used_up_begins_few_and_asks_once(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Ten hosts at a time, none of which has been answered anything when they begin; four may."""
+        """Ten hosts at a time, none of which has been answered anything when they begin; four may change something, and two
+        more, which are as declared, are not turned away."""
         spent = Bucket(3600, clock=lambda: 0.0)
         while spent.look().remaining > pool.RESERVE + 3 * pool.STAGE_COST + 1:
             spent.take()
@@ -161,13 +162,20 @@ class TestBudget:
         emulator.start()
         refused = threading.Semaphore(0)
 
-        def flow(_: object, host: str, *__: object, **___: object) -> Iterator[Outcome]:
+        def flow(
+            _: object, host: str, *__: object, before_change: Callable[[], None], **___: object
+        ) -> Iterator[Outcome]:
             yield Outcome("payload", host, False, "", 0.0)
+            if host.startswith("as-declared"):
+                return
+            before_change()
+            yield Outcome("provision", host, False, "", 0.0)
+            before_change()
             assert refused.acquire(timeout=30)  # at work until the others have been told
             refused.release()
 
         monkeypatch.setattr(workflow, "bootstrap", flow)
-        names = [f"h{number}" for number in range(10)]
+        names = [*(f"h{number}" for number in range(10)), "as-declared-1", "as-declared-2"]
         client = HetznerCloud(Secret(TOKEN), emulator.endpoint, poll_interval_s=0.01)
         tools = workflow.Tools(LocalRunner(os.environ), client, Journal(tmp_path / "run"))
         told: list[HostEnd] = []
@@ -179,13 +187,13 @@ class TestBudget:
 
         try:
             ends = pool.bootstrap(
-                None, names, tools=tools, snapshot=Snapshot(client), stop=threading.Event(), parallel=10,  # type: ignore[arg-type]
-                on_end=on_end, until="payload",
+                None, names, tools=tools, snapshot=Snapshot(client), stop=threading.Event(), parallel=12,  # type: ignore[arg-type]
+                on_end=on_end, until="provision",
             )  # fmt: skip
         finally:
             emulator.stop()
             cloud.close()
-        assert Counter(end.state for end in ends) == {State.FAILED: 6, State.UNCHANGED: 4}
+        assert Counter(end.state for end in ends) == {State.FAILED: 6, State.UNCHANGED: 6}
         assert all("175 of the project's 3600 API requests" in end.text for end in ends if end.state is State.FAILED)
         assert asked(journal) == ["/v1/servers"]
 
