@@ -9,7 +9,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -101,9 +101,10 @@ def swap_dir(new: Path, target: Path) -> None:
         shutil.rmtree(old)
 
 
-def sweep_temporaries(folder: Path) -> None:
-    """Remove what an interrupted write or swap left in ``folder`` (only names that this module makes)."""
-    for left in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+def sweep_temporaries(folder: Path, prefixes: Sequence[str] = ("",)) -> None:
+    """Remove what an interrupted write or swap left in ``folder`` (only names that this module makes). ``prefixes``: of the
+    files that nobody writes meanwhile; somebody else's temporary file is one that is about to be renamed."""
+    for left in [found for prefix in prefixes for end in ("tmp", "old") for found in folder.glob(f".{prefix}*.{end}")]:
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
         else:

@@ -61,4 +61,4 @@ class Disk:
     remove_folder: Callable[[Path], None] = remove_if_empty
     remove_tree: Callable[[Path], None] = remove_tree
     ensure_folder: Callable[[Path, int], Path] = ensure_dir
-    sweep: Callable[[Path], None] = sweep_temporaries
+    sweep: Callable[..., None] = sweep_temporaries

@@ -63,6 +63,8 @@ T = TypeVar("T")
 
 PUBLIC_DIR = 0o755
 WRITABLE_BY_OTHERS = 0o022
+OURS_IN_STATE = ("secrets-", "payload-")
+"""What is written under the lock there. Other hosts of the same run write what they know of the cloud meanwhile."""
 LOCK_WAIT_S = 900.0
 """As long as hundreds of hosts of one run take, one after the other, on a slow machine."""
 
@@ -134,6 +136,9 @@ def change(
         with locked(layout.lock("secrets"), what="the project's secrets", wait_s=LOCK_WAIT_S):
             for folder in _every_folder(layout):
                 disk.sweep(folder)
+            state = layout.state_file("any").parent
+            if state.is_dir() and not state.is_symlink():
+                disk.sweep(state, OURS_IN_STATE)
             plan = make_plan()
             contents = _encrypted(plan.targets, Sops(runner, find_sops(runner)))
             outcome = outcome_of(layout, plan)
@@ -233,10 +238,10 @@ def _collect(faults: list[SecretsError], attempt: Callable[[], T]) -> T | None:
 
 
 def _every_folder(layout: Layout) -> list[Path]:
-    """Every folder of ours in which an interrupted run may have left something."""
+    """Every folder that is written under the lock alone, in which an interrupted run may have left something."""
     hosts = layout.host_secrets_dir("any").parent
     fixed = [layout.secrets_dir, layout.operator_recipients_dir, *key_folders(layout)]
-    fixed += [layout.operator_key("any").parent, layout.state_file("any").parent, layout.extra_files("any").parent]
+    fixed += [layout.operator_key("any").parent, layout.extra_files("any").parent]
     return [folder for folder in [*fixed, *sorted(hosts.glob("*"))] if folder.is_dir() and not folder.is_symlink()]
 
 

@@ -80,6 +80,13 @@ def test_what_a_kill_left_is_swept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".gitignore"]
 
 
+def test_only_what_was_named_is_swept_where_others_write_too(tmp_path: Path) -> None:
+    for name in (".mine-f.0123456789ab.tmp", ".yours-f.0123456789ab.tmp"):
+        (tmp_path / name).touch()
+    sweep_temporaries(tmp_path, ("mine-",))
+    assert [path.name for path in tmp_path.iterdir()] == [".yours-f.0123456789ab.tmp"]
+
+
 def test_a_private_file_must_be_private(tmp_path: Path) -> None:
     path = tmp_path / "f"
     write_atomic(path, "x")

@@ -203,3 +203,16 @@ def test_a_run_that_is_cut_off_at_any_write_is_finished_by_the_next(tmp_path, ru
         assert not init_host(project, "alpha", VALUES, runner=runner).changed
         assert runner.taken() == 0
         check_host(project, "alpha", runner=runner)
+
+
+def test_what_another_host_of_the_same_run_is_writing_stays(project, runner):
+    """Its own thread writes what it knows of the cloud, under a lock of its own, while this one sweeps."""
+    init_host(project, "alpha", VALUES, runner=runner)
+    state = project.layout.state_file("any").parent
+    begun = state / ".provision-beta.json.0a0a0a0a0a0a.tmp"
+    left = [state / f".{name}-alpha.json.0a0a0a0a0a0a.tmp" for name in ("secrets", "payload")]
+    for path in (begun, *left):
+        path.touch()
+    init_host(project, "alpha", VALUES, runner=runner)
+    assert begun.exists()
+    assert [path for path in left if path.exists()] == []
