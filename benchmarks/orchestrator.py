@@ -3,8 +3,9 @@
 The floor is SQLite itself on the same file system: one row, one commit, WAL, synchronous = FULL, no server. Ours is the real
 ``clf-orchestrator`` process with the real API: a POST is parsed, judged by its kind and inserted (job and event), and answered after
 the commit that holds it. Clients are processes of their own with keep-alive connections over the unix socket. SQLite at 1, 16 and 64
-clients, then PostgreSQL where it is installed (``fsync`` on, its own folder on the same disk). Floor and ours take turns, and the
-median of each counts. Prints ratios and counts; the seconds are this machine's.
+clients, then PostgreSQL where it is installed (``fsync`` on, its own folder on the same disk). The other floor is the same server
+(Starlette, uvicorn, uvloop, httptools) that answers and stores nothing: where that is not much faster than the disk, no server in
+Python is. Floors and ours take turns, and the median of each counts. Prints ratios and counts; the seconds are this machine's.
 
     python benchmarks/orchestrator.py [--seconds 3] [--rounds 3]
 """
@@ -23,9 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = (1, 16, 64)
@@ -39,6 +41,18 @@ from clawdlets_ops.orchestrator.jobs import Kind
 kind = Kind("later", lambda payload, requester: (), lambda job, context: None, max_unfinished=None, max_unfinished_in_all=None)
 sys.exit(daemon.run(daemon.read_config(Path(sys.argv[1])), os.environ, lambda parts: daemon.Work(kinds=[kind]),
     identify=lambda uid: Who("scout", "bot-scout", False)))
+"""
+
+EMPTY = """
+import sys, uvicorn
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+async def answer(request):
+    await request.body()
+    return Response(b'{"ok":true,"jobId":"none"}', media_type="application/json")
+uvicorn.run(Starlette(routes=[Route("/v1/jobs/enqueue", answer, methods=["POST"])]), uds=sys.argv[1], loop="uvloop", http="httptools",
+    log_level="error", access_log=False)
 """
 
 # One process, many connections: each has one request on its way, as a bot has. A selector, no framework: the load is cheap.
@@ -105,8 +119,14 @@ def orchestrator(folder: Path, **store: str) -> Iterator[Path]:
         **store,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    process = subprocess.Popen([sys.executable, "-c", SERVER, folder / "config.json"], cwd=ROOT)
-    path = folder / "run" / "o.sock"
+    with serving([SERVER, str(folder / "config.json")], folder / "run" / "o.sock") as path:
+        yield path
+
+
+@contextmanager
+def serving(words: list[str], path: Path) -> Iterator[Path]:
+    """A program of Python's, while it serves on the socket ``path``."""
+    process = subprocess.Popen([sys.executable, "-c", *words], cwd=ROOT)
     try:
         deadline = time.monotonic() + 180
         while not path.exists():
@@ -160,18 +180,20 @@ def postgresql(folder: Path) -> Iterator[str]:
         process.wait(60)
 
 
-def measure(path: Path, folder: Path, *, seconds: float, rounds: int, of: str) -> None:
+def measure(path: Path, empty: Path, folder: Path, *, seconds: float, rounds: int, of: str) -> None:
     """A table for one store."""
-    print(f"\n{of}\n  clients   requests/s     p50 ms    p99 ms    raw commits/s   ratio")
+    print(f"\n{of}\n  clients   requests/s     p50 ms    p99 ms    raw commits/s   ratio    storing nothing/s   ratio")
     for clients in CLIENTS:
-        floors, ours = [], []
+        floors, servers, ours = [], [], []
         for _ in range(rounds):
             floors.append(raw(folder, seconds / 2))
             ours.append(load(path, clients, seconds))
-        floor = statistics.median(floors)
+            servers.append(load(empty, clients, seconds / 2)["rate"])
+        floor, server = statistics.median(floors), statistics.median(servers)
         rate, p50, p99 = (statistics.median(one[key] for one in ours) for key in ("rate", "p50", "p99"))
         print(
             f"  {clients:7}   {rate:10.0f}   {p50 * 1000:8.2f}  {p99 * 1000:8.2f}    {floor:13.0f}   {rate / floor:5.2f}"
+            f"    {server:17.0f}   {rate / server:5.2f}"
         )
 
 
@@ -184,9 +206,15 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="clf-bench-", dir="/var/tmp"))
     folder.chmod(0o755)
     how = {"seconds": arguments.seconds, "rounds": arguments.rounds}
+    with serving([EMPTY, str(folder / "empty.sock")], folder / "empty.sock") as empty:
+        compare(folder, empty, how)
+
+
+def compare(folder: Path, empty: Path, how: Mapping[str, Any]) -> None:
+    """Both stores; the folder is removed at the end."""
     try:
         with orchestrator(folder / "sqlite") as path:
-            measure(path, folder, of="SQLite, WAL, synchronous = FULL, group commit", **how)
+            measure(path, empty, folder, of="SQLite, WAL, synchronous = FULL, group commit", **how)
         if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
             print("\nPostgreSQL is not installed")
             return
@@ -194,7 +222,7 @@ def main() -> None:
             (folder / "served").mkdir()
             (folder / "served" / "clf_database_url").write_text(url)
             with orchestrator(folder / "served", store="postgresql") as path:
-                measure(path, folder, of="PostgreSQL, fsync = on, group commit", **how)
+                measure(path, empty, folder, of="PostgreSQL, fsync = on, group commit", **how)
     finally:
         shutil.rmtree(folder)
 
