@@ -106,7 +106,8 @@ def look_at_bench(
 
 def walk(layout: Layout, folder: Path) -> Iterator[PathSeen]:
     """``folder`` and everything below it, as ``lstat`` shows it; links are not followed. OSError as soon as something
-    cannot be listed: what is not seen may be open to everybody."""
+    cannot be listed: what is not seen may be open to everybody. The lab's machines are left out, whole file systems behind
+    its own folder."""
 
     def complain(error: OSError) -> None:
         raise error
@@ -118,6 +119,8 @@ def walk(layout: Layout, folder: Path) -> Iterator[PathSeen]:
         folders.sort()
         for name in sorted([*folders, *names]):
             yield _seen(layout, Path(parent, name))
+        if Path(parent) == layout.lab:
+            folders.clear()
 
 
 def _seen(layout: Layout, path: Path) -> PathSeen:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from clawdlets_ops.doctor import bench
 from clawdlets_ops.doctor.catalogue import reference
 from clawdlets_ops.doctor.observe import observe
 from clawdlets_ops.doctor.run import as_json, judge, text
@@ -214,6 +215,24 @@ def test_thousands_of_files_are_looked_at(patient):
         patient.write(f"many/{number % 30}/{number}.txt", f"canary {number}\n")
     patient.write("many/7/hidden.txt", f"key = {Maker().tailscale()}\n")
     assert ids(patient.diagnose(Scope.REPO), State.FAIL) == {"GIT-03"}
+
+
+def test_the_labs_machines_are_no_part_of_the_runtime_dir(patient, monkeypatch):
+    """Whole file systems: to count them among the paths would end in "unknown", or take minutes."""
+    monkeypatch.setattr(bench, "MAX_PATHS", 200)
+    machine = patient.root / ".clawdlets" / "lab" / "machines" / "alpha"
+    machine.mkdir(mode=0o700, parents=True)
+    (patient.root / ".clawdlets" / "lab").chmod(0o700)
+    for number in range(300):
+        (machine / f"{number}").touch(mode=0o644)
+    assert "RTD-01" not in ids(patient.diagnose(Scope.BOOTSTRAP), State.FAIL) | ids(
+        patient.diagnose(Scope.BOOTSTRAP), State.UNKNOWN
+    )
+    (patient.root / ".clawdlets" / "lab").chmod(0o755)
+    assert "RTD-01" in ids(patient.diagnose(Scope.BOOTSTRAP), State.FAIL)
+    for number in range(300):
+        patient.write(f".clawdlets/many/{number}", "", 0o600)
+    assert "RTD-01" in ids(patient.diagnose(Scope.BOOTSTRAP), State.UNKNOWN)
 
 
 def test_an_unknown_host_is_refused_by_name(patient):
