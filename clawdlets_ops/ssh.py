@@ -37,6 +37,9 @@ CONNECT_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 120.0
 LOOK_TIMEOUT_S = 3.0
 LOGIN_TRIES = 3
+DEAD_AFTER_S = 45.0
+"""A link that takes no packet for so long is dead. The kernel's own patience is a quarter of an hour."""
+KEEPALIVE_S = 10
 BOOTING_POLL_S = 5.0
 """Rarely: newer sshd make a source wait that is refused too often (PerSourcePenalties)."""
 SSH_PORT = 22
@@ -105,6 +108,8 @@ class Session:
             raise CommandTimeout(f"did not end within {timeout_s:g} s: {command}", where=str(self._target)) from None
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise UnreachableError(f"the connection broke ({error})", where=str(self._target), fix=TRY_AGAIN) from error
+        if result.exited < 0 and not self._connection.is_connected:  # a command that a signal ended has none either
+            raise UnreachableError("the connection broke while it ran", where=str(self._target), fix=TRY_AGAIN)
         return Answer(result.exited, result.stdout, result.stderr)
 
     def check(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
@@ -164,6 +169,7 @@ def _log_in(target: Target, timeout_s: float) -> tuple[fabric.Connection, socket
             "allow_agent": False,
             "banner_timeout": timeout_s,
             "auth_timeout": timeout_s,
+            "channel_timeout": DEAD_AFTER_S,
         },
     )
     kind, body = target.pin.split()[:2]
@@ -183,6 +189,7 @@ def _log_in(target: Target, timeout_s: float) -> tuple[fabric.Connection, socket
 def _open_connection(connection: fabric.Connection, target: Target) -> None:
     try:
         connection.open()
+        connection.transport.set_keepalive(KEEPALIVE_S)
     except paramiko.BadHostKeyException as error:
         raise HostKeyError(
             f"shows the host key {_fingerprint(error.key)}, pinned is {fingerprint(target.pin)}",
@@ -328,6 +335,8 @@ def _open(target: Target, timeout_s: float) -> socket.socket:
     except OSError as error:
         raise UnreachableError(f"no connection: {error}", where=str(target), fix=TRY_AGAIN) from None
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # paramiko's small packets cost 40 ms each without it
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(DEAD_AFTER_S * 1000))
     return stream
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -140,3 +141,43 @@ def test_whoever_is_never_let_in_is_told_so_in_time(door: Door, monkeypatch: pyt
     with pytest.raises(UnreachableError, match="refuses the key"), ssh.session(door.target, booting_s=1):
         pass
     assert door.met > 1
+
+
+DEAD_LINK = """
+import subprocess, sys, time
+from clawdlets_ops import ssh
+from clawdlets_ops.errors import UnreachableError
+from pathlib import Path
+folder, when = Path(sys.argv[1]), sys.argv[2]
+ssh.DEAD_AFTER_S, ssh.KEEPALIVE_S = 2.0, 1
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-f", folder / "sshd_config", "-p", "2222"])
+try:
+    deadline = time.monotonic() + 10
+    while ssh.presented_key("127.0.0.1", port=2222) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    target = ssh.Target("alpha", "127.0.0.1", "root", folder / "identity", (folder / "host_key.pub").read_text(), 2222)
+    with ssh.session(target) as shell:
+        print(shell.check("echo here").strip(), flush=True)
+        if when == "between":
+            subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+        else:  # while a command is silent
+            subprocess.Popen(["sh", "-c", "sleep 1; ip link set lo down"])
+        began = time.monotonic()
+        try:
+            shell.run("echo there; sleep 60")
+        except UnreachableError as error:
+            print("told" if time.monotonic() - began < 25 else f"late: {error}")
+finally:
+    server.kill()
+"""
+
+
+@pytest.mark.parametrize("when", ["between", "during"])
+def test_a_link_that_goes_dead_is_noticed_long_before_the_kernel_gives_up(
+    door: Door, tmp_path: Path, when: str
+) -> None:
+    """A quarter of an hour, without limits of ours; a lockdown whose tailnet broke sat there for as long."""
+    argv = ["unshare", "--net", sys.executable, "-c", DEAD_LINK, str(door.config.parent), when]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.stdout.splitlines() == ["here", "told"], done.stderr[-2000:]
