@@ -40,6 +40,7 @@ LOGIN_TRIES = 3
 DEAD_AFTER_S = 45.0
 """A link that takes no packet for so long is dead. The kernel's own patience is a quarter of an hour."""
 KEEPALIVE_S = 10
+END_TOLD_WITHIN_S = 1.0
 BOOTING_POLL_S = 5.0
 """Rarely: newer sshd make a source wait that is refused too often (PerSourcePenalties)."""
 SSH_PORT = 22
@@ -108,9 +109,16 @@ class Session:
             raise CommandTimeout(f"did not end within {timeout_s:g} s: {command}", where=str(self._target)) from None
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise UnreachableError(f"the connection broke ({error})", where=str(self._target), fix=TRY_AGAIN) from error
-        if result.exited < 0 and not self._connection.is_connected:  # a command that a signal ended has none either
+        if result.exited < 0 and self._has_ended():  # a command that a signal ended has no status either
             raise UnreachableError("the connection broke while it ran", where=str(self._target), fix=TRY_AGAIN)
         return Answer(result.exited, result.stdout, result.stderr)
+
+    def _has_ended(self) -> bool:
+        """Whether the connection is over. Channels are told so a moment before the transport is."""
+        transport = self._connection.transport
+        if transport is not None:
+            transport.join(END_TOLD_WITHIN_S)
+        return not self._connection.is_connected
 
     def check(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """Standard output of ``command``; CommandError when its exit status is not 0."""

@@ -171,7 +171,7 @@ def bootstrap(
         else:
             quiet = False
             if stage != "payload":
-                before_change()
+                _may_begin(stage, host, tools, before_change)
             yield _touched(stage, project, host, tools, snapshot)
 
 
@@ -229,7 +229,7 @@ def _as_it_is(
         yield _untouched("lockdown", host, tools, str(planned))
         raise refused
     journal.say(host, "verify", "unchanged", f"{refused.what}: the lockdown comes first")
-    before_change()
+    _may_begin("lockdown", host, tools, before_change)
     yield _touched("lockdown", project, host, tools, snapshot)
     yield apply("verify", project, host, looking)
 
@@ -245,6 +245,14 @@ def _edge_is_as_declared(project: Project, host: str, cloud: Cloud) -> bool:
 def _untouched(stage: str, host: str, tools: Tools, text: str) -> Outcome:
     tools.journal.say(host, stage, "unchanged", text)
     return Outcome(stage, host, changed=False, text=text, duration_s=0.0)
+
+
+def _may_begin(stage: str, host: str, tools: Tools, before_change: Callable[[], None]) -> None:
+    try:
+        before_change()
+    except ClawdletsError as error:
+        tools.journal.say(host, stage, "failed", str(error), durationS=0.0)
+        raise
 
 
 def _touched(stage: str, project: Project, host: str, tools: Tools, snapshot: Snapshot | None) -> Outcome:

@@ -45,11 +45,15 @@ def _read(path: Path) -> PersonaFile:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise plain from None
         raise
-    with open(fd, "rb") as stream:
+    try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode):
             raise plain
-        content = stream.read(MAX_FILE_BYTES + 1)
+        content = b""
+        while len(content) <= MAX_FILE_BYTES and (part := os.read(fd, MAX_FILE_BYTES + 1 - len(content))):
+            content += part
+    finally:
+        os.close(fd)
     if len(content) > MAX_FILE_BYTES:
         raise CattleError(f"is too large: {MAX_FILE_BYTES} are the limit, in bytes", where=str(path))
     return PersonaFile(path.name, content, executable=bool(mode & 0o100))

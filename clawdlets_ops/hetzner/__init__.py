@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import hcloud
 import requests
-from hcloud.actions import ActionException
+from hcloud.actions import ActionException, ActionTimeoutException
 from hcloud.servers import BoundServer
 
 from clawdlets_ops.cloud import (
@@ -73,7 +73,8 @@ REQUEST_TIMEOUT_S = 30.0
 REBUILD_POLLS = 600
 REMEMBER_S = 300.0
 BUDGET_ROUNDS = 3
-BUDGET_PAUSE_S = 20.0
+NOT_BEGUN = {"rate_limit_exceeded": 20.0, "conflict": 2.0}
+"""What may simply be asked again, and after how many seconds."""
 KINDS = ("servers", "volumes", "primary_ips", "firewalls", "placement_groups", "ssh_keys")
 REFUSALS = frozenset(
     {
@@ -83,6 +84,7 @@ REFUSALS = frozenset(
     }
 )  # fmt: skip
 """With these the API says that it has not begun. Any other answer to a change leaves open whether it was made."""
+BUDGET_FIX = "wait some minutes and run again; nothing was changed by this request"
 READ_ONLY = ("token_readonly", "forbidden", 403)
 
 T = TypeVar("T")
@@ -177,6 +179,7 @@ class HetznerCloud:
             timeout=REQUEST_TIMEOUT_S if order_timeout_s is None else order_timeout_s,
         )
         self._once._client._retry_max_retries = 0  # python-hcloud sends a POST again that timed out
+        self._once._client._session.hooks["response"].append(self._note_budget)
 
     def _note_budget(self, response: requests.Response, *_: Any, **__: Any) -> None:
         """Read the ``RateLimit-*`` headers, of a refusal too, and what time it is there."""
@@ -297,10 +300,15 @@ class HetznerCloud:
         answer = self._change(what, "POST", f"/servers/{server.id}/actions/{action}", body, patient=True)
 
         def wait() -> None:
-            self._client.actions.get_by_id(answer["action"]["id"]).wait_until_finished(max_retries=polls)
+            self._client.actions.get_by_id(action_id).wait_until_finished(max_retries=polls)
 
         try:
+            action_id = int(answer["action"]["id"])
             self._ask(what, wait)
+        except (KeyError, TypeError, ValueError) as error:
+            raise OutcomeUnknown(f"{what}: the answer to {action} is not one", where=server.name) from error
+        except (CloudError, ActionTimeoutException) as error:
+            raise OutcomeUnknown(f"{what}: the end of {action} was not seen: {error}", where=server.name) from error
         except ActionException as error:
             raise CloudError(f"{what}: {action} did not succeed: {error}", where=server.name) from error
 
@@ -406,7 +414,7 @@ class HetznerCloud:
     def _change(
         self, what: str, method: str, path: str, body: Mapping[str, Any] | None, *, patient: bool = False
     ) -> dict[str, Any]:
-        """One request that changes something, sent once; with ``patient`` again if it was refused for the budget."""
+        """One request that changes something, sent once; with ``patient`` again if it was refused as NOT_BEGUN says."""
 
         def send() -> dict[str, Any]:
             answer: dict[str, Any] = self._once._client.request(
@@ -418,9 +426,13 @@ class HetznerCloud:
             return self._patiently(send) if patient else send()
         except hcloud.APIException as error:
             code = str(error.code)
-            said = f"{what}: {self._redactor.scrub(str(error.message))} ({code})"
+            if code in ("unauthorized", "401"):
+                raise _wrong_token() from None
+            shown = f"{code}, correlation id {error.correlation_id}" if error.correlation_id else code
+            said = f"{what}: {self._redactor.scrub(str(error.message))} ({shown})"
             kind = CloudError if code in REFUSALS else OutcomeUnknown
-            raise kind(said, where=self._endpoint, code=code) from None
+            fix = BUDGET_FIX if code == "rate_limit_exceeded" else ""
+            raise kind(said, where=self._endpoint, fix=fix, code=code) from None
         except requests.exceptions.RequestException as error:
             raise OutcomeUnknown(
                 f"{what}: the API did not answer ({type(error).__name__})", where=self._endpoint
@@ -435,14 +447,15 @@ class HetznerCloud:
         return cast(T, answer)
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        """What the API refuses for its budget it has not begun: it may be asked again, as python-hcloud does for reads."""
+        """What the API refuses for its budget, or because something changed meanwhile, it has not begun: it may be asked
+        again, as python-hcloud does for reads."""
         for _ in range(BUDGET_ROUNDS - 1):
             try:
                 return call()
             except hcloud.APIException as error:
-                if error.code != "rate_limit_exceeded":
+                if error.code not in NOT_BEGUN:
                     raise
-            self._sleep(BUDGET_PAUSE_S)
+                self._sleep(NOT_BEGUN[str(error.code)])
         return call()
 
     def _ask(self, what: str, call: Callable[[], T]) -> T:
@@ -450,16 +463,12 @@ class HetznerCloud:
             return self._patiently(call)
         except hcloud.APIException as error:
             if error.code in ("unauthorized", 401):
-                raise SettingsError(
-                    "the API does not accept this token",
-                    where="HCLOUD_TOKEN",
-                    fix="make a token with read and write permission in the project's console, and put it in place",
-                ) from None
+                raise _wrong_token() from None
             if error.code == "rate_limit_exceeded":
                 raise CloudError(
                     f"{what}: the project's request budget (3600 an hour) is used up",
                     where=self._endpoint,
-                    fix="wait some minutes and run again; nothing was changed by this request",
+                    fix=BUDGET_FIX,
                 ) from error
             code = f"{error.code}, correlation id {error.correlation_id}" if error.correlation_id else str(error.code)
             raise CloudError(f"{what}: {error.message} ({code})", where=self._endpoint) from error
@@ -471,14 +480,21 @@ class HetznerCloud:
             ) from None
 
 
+def _wrong_token() -> SettingsError:
+    return SettingsError(
+        "the API does not accept this token",
+        where="HCLOUD_TOKEN",
+        fix="make a token with read and write permission in the project's console, and put it in place",
+    )
+
+
 def _as_sent(rule: FirewallRule) -> dict[str, Any]:
-    """A rule as the API takes it: the networks stand at the end that is not ours."""
-    inward = rule.direction == "in"
-    return {
+    """A rule as python-hcloud sends it: the networks stand at the end that is not ours, and what is not said is left out."""
+    said = {
         "direction": rule.direction,
         "protocol": rule.protocol,
         "port": rule.port,
-        "source_ips": list(rule.networks) if inward else [],
-        "destination_ips": [] if inward else list(rule.networks),
-        "description": rule.description or None,
+        ("source_ips" if rule.direction == "in" else "destination_ips"): list(rule.networks),
+        "description": rule.description,
     }
+    return {name: value for name, value in said.items() if value}

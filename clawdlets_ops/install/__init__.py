@@ -28,6 +28,7 @@ from clawdlets_ops.errors import (
     CommandTimeout,
     HostKeyError,
     InstallRefused,
+    OutcomeUnknown,
     SettingsError,
 )
 from clawdlets_ops.files import NO_ROOM, ensure_dir, locked, write_atomic
@@ -114,11 +115,19 @@ def wipe(
         raise InstallRefused("was not named to be wiped", where=host, fix=f"--data reinstall={host}")
     server = provision.apply(project, host, runner=runner, cloud=cloud, window_open=True, say=say)
     say(f"rebuild server {server.id} from {project.fleet.host(host).hetzner.image}")
-    cloud.rebuild(server, project.fleet.host(host).hetzner.image)
+    try:
+        cloud.rebuild(server, project.fleet.host(host).hetzner.image)
+    except OutcomeUnknown:
+        _forget(project, host)  # its disk may be a new one, and is looked at as such
+        raise
+    _forget(project, host)
+    return server
+
+
+def _forget(project: Project, host: str) -> None:
     for known in (project.layout.installer_pin(host), project.layout.install_receipt(host)):
         known.unlink(missing_ok=True)  # they speak of what was there before
     shutil.rmtree(project.layout.install_dir(host), ignore_errors=True)
-    return server
 
 
 def flake_reference(root: Path, host: str) -> str:

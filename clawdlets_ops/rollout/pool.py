@@ -23,7 +23,7 @@ from clawdlets_ops.project import Project
 log = logging.getLogger(__name__)
 
 RESERVE: Final = 100
-"""Requests of the hourly budget (3600) that are left to others: below it no stage is begun."""
+"""Requests of the hourly budget (3600) that are left to others: below it no change is begun."""
 STAGE_COST: Final = 25
 """Requests that a stage may make, OpenTofu's among them: as much is set aside for each one that is at work."""
 STOP_GRACE_S: Final = 15.0
@@ -110,7 +110,7 @@ def check_budget(budget: Budget | None, *, where: str, at_work: int = 0) -> None
     raise CloudError(
         f"{budget.remaining} of the project's {budget.limit} API requests an hour are left"
         + (f", on which {at_work} other hosts draw" if at_work else "")
-        + ": no stage is begun with so few",
+        + ": no change is begun with so few",
         where=where,
         fix=f"run again later (the budget is whole again at {whole:%H:%M} UTC), or with fewer hosts",
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hcloud import Client
 from hcloud.images import Image
 from hcloud.server_types import ServerType
 
-from clawdlets_ops.errors import CloudError, OutcomeUnknown
+from clawdlets_ops.errors import CloudError, OutcomeUnknown, SettingsError
 from clawdlets_ops.hetzner import FirewallRule, HetznerCloud
 from clawdlets_ops.lab.cloud import BackendError, Cloud, LoopbackPool, StubBackend
 from clawdlets_ops.lab.faults import FaultBook, FaultyEmulator, parse_fault
@@ -50,9 +51,11 @@ class Place:
     def fault(self, words: str) -> None:
         self._book.add(parse_fault(words.split()))
 
+    def entries(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._journal_file.read_text().splitlines()]
+
     def asked(self, method: str, ending: str) -> int:
-        entries = [json.loads(line) for line in self._journal_file.read_text().splitlines()]
-        return sum(entry["method"] == method and entry["path"].endswith(ending) for entry in entries)
+        return sum(entry["method"] == method and entry["path"].endswith(ending) for entry in self.entries())
 
     @property
     def hits(self) -> int:
@@ -99,15 +102,17 @@ def test_a_rebuild_without_an_answer_is_not_asked_for_again(place: Place, fault:
     assert place.hits == 1
 
 
-def test_what_was_refused_for_the_budget_may_be_asked_again(place: Place) -> None:
-    place.fault("answer 429 POST /servers/* times=1")
+@pytest.mark.parametrize("code", ["429", "conflict"])
+def test_what_was_not_begun_may_be_asked_again(place: Place, code: str) -> None:
+    place.fault(f"answer {code} POST /servers/* times=1")
     place.cloud.rebuild(place.server, "debian-12")
     assert (place.rebuilt, place.asked("POST", "/actions/rebuild")) == (1, 2)
 
 
 def test_a_rebuild_is_not_begun_again_when_it_cannot_be_waited_for(place: Place) -> None:
-    place.fault("answer 503 GET /actions/*")
-    with pytest.raises(CloudError, match="alpha"):
+    place.cloud._client._client._retry_max_retries = 0  # python-hcloud would sleep
+    place.fault("answer 429 GET /actions/*")
+    with pytest.raises(OutcomeUnknown, match="the end of rebuild was not seen"):
         place.cloud.rebuild(place.server, "debian-12")
     assert place.asked("POST", "/actions/rebuild") == 1
 
@@ -144,3 +149,23 @@ def test_rules_and_labels_arrive_as_they_were_asked_for(place: Place) -> None:
     found = place.cloud.firewall("alpha-edge")
     assert found is not None
     assert (found.rules, dict(found.labels)) == (RULES, {"env": "lab"})
+
+
+def test_a_rule_says_no_more_than_it_has(place: Place) -> None:
+    """Somebody's own rule is put back as it was: one of ICMP has no port."""
+    ping = FirewallRule("in", "icmp", None, ("0.0.0.0/0",), "")
+    out = FirewallRule("out", "tcp", "443", ("203.0.113.0/24",), "")
+    place.cloud.set_rules(place.edge, (ping, out))
+    sent = [entry["body"] for entry in place.entries() if entry["path"].endswith("/actions/set_rules")]
+    assert sent[-1] == {
+        "rules": [
+            {"direction": "in", "protocol": "icmp", "source_ips": ["0.0.0.0/0"]},
+            {"direction": "out", "protocol": "tcp", "port": "443", "destination_ips": ["203.0.113.0/24"]},
+        ]
+    }
+
+
+def test_a_token_that_is_none_is_told_as_such(place: Place) -> None:
+    stranger = HetznerCloud(Secret("canary" * 10 + "none"), place.emulator.endpoint, sleep=lambda _s: None)
+    with pytest.raises(SettingsError, match="does not accept this token"):
+        stranger.set_labels(place.edge, {})

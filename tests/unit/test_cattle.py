@@ -264,6 +264,9 @@ def test_a_personas_files_are_read_and_anything_else_is_refused(tmp_path: Path, 
     os.mkfifo(folder / "pipe")  # nobody writes to it: opened as a file is, it would never end
     assert "is not a plain file" in personas.faults(tmp_path, ["rex"])[0]
     (folder / "pipe").unlink()
+    (folder / "below").mkdir()
+    assert "is not a plain file" in personas.faults(tmp_path, ["rex"])[0]
+    (folder / "below").rmdir()
     (folder / "run").chmod(0o755)
     assert [file.executable for file in personas.read(tmp_path, "rex")] == [True]
     (folder / "large").write_bytes(b"x" * 16385)

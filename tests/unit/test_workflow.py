@@ -9,7 +9,7 @@ import pytest
 
 from clawdlets_ops import workflow
 from clawdlets_ops.cloud import Firewall, FirewallRule
-from clawdlets_ops.errors import UnreachableError, VerifyError
+from clawdlets_ops.errors import CloudError, UnreachableError, VerifyError
 from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.journal import Journal, read_journal
 
@@ -114,3 +114,27 @@ def test_it_goes_no_further_than_told(bench: Bench) -> None:
     assert bench.bootstrap(until="provision") == UNCHANGED[:2]
     assert bench.bootstrap(until="lockdown") == UNCHANGED[:4]
     assert bench.done[-1] == "plan lockdown"
+
+
+def refuse() -> None:
+    raise CloudError("9 requests are left")
+
+
+@pytest.mark.parametrize("stage", ["provision", "install", "lockdown"])
+def test_what_would_change_something_is_asked_for_first_and_what_would_not_is_not(bench: Bench, stage: str) -> None:
+    bench.edge = (SSH,)
+    assert bench.bootstrap(before_change=refuse, until="lockdown") == UNCHANGED[:4]
+    bench.steps = {"payload": ("make it",), stage: ("do it",)}
+    with pytest.raises(CloudError, match="9 requests"):
+        bench.bootstrap(before_change=refuse)
+    assert "payload" in bench.done
+    assert stage not in bench.done
+    assert bench.ended()[-1] == (stage, "failed")
+
+
+def test_the_lockdown_after_a_verification_is_asked_for_too(bench: Bench) -> None:
+    bench.verdicts, bench.steps = ["EXP-10 failed"], {"lockdown": ("put the host's firewall to tailnet",)}
+    with pytest.raises(CloudError, match="9 requests"):
+        bench.bootstrap(before_change=refuse)
+    assert "lockdown" not in bench.done
+    assert bench.ended()[-1] == ("lockdown", "failed")
