@@ -110,7 +110,8 @@ def stale_session(bench: Bench) -> Iterator[None]:
 
 @contextmanager
 def open_on_both_sides(bench: Bench) -> Iterator[None]:
-    with other_rules(SSH_FOR_ALL)(bench):
+    """With somebody in already: the probes' own connections may be seen as sessions too, and this makes it sure."""
+    with stale_session(bench), other_rules(SSH_FOR_ALL)(bench):
         bench.sh("nft add rule inet clawdlets input tcp dport 22 accept")
         try:
             yield
@@ -120,7 +121,8 @@ def open_on_both_sides(bench: Bench) -> Iterator[None]:
 
 @contextmanager
 def open_to_ipv6(bench: Bench) -> Iterator[None]:
-    with other_rules(FirewallRule(direction="in", protocol="tcp", port="22", source_ips=["::/0"]))(bench):
+    edge = other_rules(FirewallRule(direction="in", protocol="tcp", port="22", source_ips=["::/0"]))
+    with stale_session(bench), edge(bench):
         bench.sh("nft add rule inet clawdlets input meta nfproto ipv6 tcp dport 22 accept")
         try:
             yield
@@ -220,7 +222,7 @@ SEEDS = [
     Seed("a secret from the store", "STO-04", "cp -p /var/lib/clawdlets/secrets-wiring.json /run/kept-wiring; sed -i '0,/\"sopsFile\"/s|\\(\"sopsFile\"[^\"]*\"\\)[^\"]*|\\1/nix/store/x.yaml|' /var/lib/clawdlets/secrets-wiring.json", "cp -p /run/kept-wiring /var/lib/clawdlets/secrets-wiring.json"),
     Seed("a range of ports at the edge", "EXP-01", around=other_rules(FirewallRule(direction="in", protocol="tcp", port="20-30", source_ips=WORLD))),
     Seed("no direct way for the tailnet", "UDP-01", around=other_rules(without_udp=True)),
-    Seed("open at the edge and on the host", "EXP-01 EXP-03 EXP-04 EXP-05", around=open_on_both_sides),
+    Seed("open at the edge and on the host", "EXP-01 EXP-03 EXP-04 EXP-05 EXP-07", around=open_on_both_sides),
     Seed("an edge that is never applied", "EXP-02", around=never_applied),
     Seed("a tailnet that is half shut", "TS-01", "nft insert rule inet clawdlets input iifname tailscale0 ip6 saddr fd7a:115c:a1e0::/48 tcp dport 22 drop", UNDO_NFT),
     Seed("a node whose key runs out in five days", "TS-03", KEY_RUNS_OUT, TRUTH.format("tailscale")),
@@ -233,7 +235,7 @@ SEEDS = [
     Seed("a clock an hour ahead", "CLK-01", f"""printf '#!/bin/sh\\n[ "$*" != +%%s ] || exec /bin/date -d "+1 hour" +%%s\\nexec /bin/date "$@"\\n' >/run/lie-date; {LIE.format("date")}""", TRUTH.format("date")),
     Seed("a private network", "EXP-09", around=in_private_network),
     Seed("an open port that the host hides", "EXP-11", around=hidden_door),
-    Seed("IPv6 forgotten on both sides", "EXP-01 EXP-03 EXP-05", around=open_to_ipv6),
+    Seed("IPv6 forgotten on both sides", "EXP-01 EXP-03 EXP-05 EXP-07", around=open_to_ipv6),
     Seed("a second SSH server on another port", "SSH-07", "systemd-run -q --unit=door /usr/sbin/sshd -D -p 2222; until ss -Hltn | grep -q :2222; do :; done", "systemctl stop door"),
     Seed("keys in an odd place", "SSH-06", f"mkdir -p /var/lib/odd; ssh-keygen -q -t ed25519 -N '' -f /run/eve; cp /run/eve.pub /var/lib/odd/admin; sed -i 's|^AuthorizedKeysFile.*|& /var/lib/odd/%u|' {SSHD}; grep -q /var/lib/odd {SSHD}; {RESTART}", f"{UNDO_SSHD}; rm -rf /var/lib/odd /run/eve /run/eve.pub"),
     Seed("a session from before", "EXP-07", around=stale_session),
