@@ -135,12 +135,16 @@ def _relative(where: OnServer) -> str:
 
 
 def _temporaries(layout: Layout) -> tuple[str, ...]:
-    """What interrupted writes left (``files.py`` names them ``.<name>.<hex>.tmp`` and ``.old``)."""
+    """What interrupted writes left (``files.py`` names them ``.<name>.<hex>.tmp`` and ``.old``), but for reports and runs,
+    which hold no secret: a verification that was killed leaves half a report there, and each has a folder of its own."""
     found = []
+    public = tuple(
+        f"{folder.relative_to(layout.root).as_posix()}/" for folder in (layout.reports("any").parent, layout.runs)
+    )
     for folder in (layout.runtime, layout.secrets_dir):
         if folder.is_dir() and not folder.is_symlink():
             paths = [seen.path for seen in walk(layout, folder)]
-            found += [path for path in paths if _is_temporary(path.rpartition("/")[2])]
+            found += [path for path in paths if _is_temporary(path.rpartition("/")[2]) and not path.startswith(public)]
     return tuple(found)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clawdlets_ops.errors import CloudError, CommandError, PlanRefused, SettingsError
-from clawdlets_ops.files import ensure_dir, locked, write_atomic
+from clawdlets_ops.files import ensure_dir, locked, sweep_temporaries, write_atomic
 from clawdlets_ops.fleet import Host
 from clawdlets_ops.hetzner import Cloud, Server, fingerprint_md5, is_ours
 from clawdlets_ops.process import Runner
@@ -309,6 +309,7 @@ def _remember(project: Project, host: str, declared: Host, server: Server) -> No
     public_key = read_public_key(project.ssh_public_key_file(host))
     path = project.layout.state_file(f"provision-{host}")
     document = {"inputs": _inputs(declared, public_key), **_tied(server)}
+    sweep_temporaries(ensure_dir(path.parent), (f"{path.name}.",))  # ours alone, under the host's lock
     write_atomic(ensure_dir(path.parent) / path.name, json.dumps(document, indent=1) + "\n")
 
 

@@ -248,6 +248,7 @@ FAULTS = [
     Fault("RTD-05", _verified),
     Fault("RTD-05", _served),
     Fault("RTD-05", lambda p: p.write(".clawdlets/state/.secrets-alpha.json.0123456789ab.tmp", "x", 0o600)),
+    Fault("RTD-05", lambda p: p.write(".clawdlets/state/.provision-alpha.json.0123456789ab.tmp", "x", 0o600)),
     Fault("DRF-01", lambda p: _set(p, "canary-discord-0009")),
     Fault("DRF-03", lambda p: setattr(p, "door", replace(LOCKED, host=HostExposure("bootstrap", armed=False)))),
     Fault("DRF-03", lambda p: setattr(p, "door", replace(LOCKED, status="pending"))),
@@ -304,6 +305,12 @@ def test_a_seeded_fault_turns_exactly_that_check_red(patient, fault, monkeypatch
 def test_every_check_has_a_red_test(patient):
     assert {fault.id for fault in FAULTS} == set(SCOPE)
     assert ids(patient.diagnose(Scope.CATTLE), State.NOT_APPLICABLE) == OF_CATTLE
+
+
+def test_half_a_report_of_a_killed_verification_is_no_key_in_clear(patient):
+    for folder in ("reports/_fleet/20260101T000000Z", "runs/20260101T000000-0a0a"):
+        patient.write(f".clawdlets/{folder}/.report.json.0123456789ab.tmp", "{", 0o600)
+    assert "RTD-05" not in ids(patient.diagnose(Scope.DEPLOY), State.FAIL)
 
 
 def test_cattle_with_all_labels_and_minted_keys_is_green(patient):
