@@ -135,12 +135,11 @@ def _relative(where: OnServer) -> str:
 
 
 def _temporaries(layout: Layout) -> tuple[str, ...]:
-    """What interrupted writes left (``files.py`` names them ``.<name>.<hex>.tmp`` and ``.old``), but for reports and runs,
-    which hold no secret: a verification that was killed leaves half a report there, and each has a folder of its own."""
+    """What interrupted writes left (``files.py`` names them ``.<name>.<hex>.tmp`` and ``.old``), but for
+    reports, runs and orders of lockdowns, which hold no secret: what was killed there leaves half a file, and nothing more."""
     found = []
-    public = tuple(
-        f"{folder.relative_to(layout.root).as_posix()}/" for folder in (layout.reports("any").parent, layout.runs)
-    )
+    folders = (layout.reports("any").parent, layout.runs, layout.lockdown_dir("any").parent)
+    public = tuple(f"{folder.relative_to(layout.root).as_posix()}/" for folder in folders)
     for folder in (layout.runtime, layout.secrets_dir):
         if folder.is_dir() and not folder.is_symlink():
             paths = [seen.path for seen in walk(layout, folder)]

@@ -308,7 +308,7 @@ def test_every_check_has_a_red_test(patient):
 
 
 def test_half_a_report_of_a_killed_verification_is_no_key_in_clear(patient):
-    for folder in ("reports/_fleet/20260101T000000Z", "runs/20260101T000000-0a0a"):
+    for folder in ("reports/_fleet/20260101T000000Z", "runs/20260101T000000-0a0a", "lockdown/alpha"):
         patient.write(f".clawdlets/{folder}/.report.json.0123456789ab.tmp", "{", 0o600)
     assert "RTD-05" not in ids(patient.diagnose(Scope.DEPLOY), State.FAIL)
 
