@@ -6,8 +6,9 @@ The emulated cloud and its API are one process that lives throughout, with stubs
 clf-orchestrator, as it runs on a host: unix socket, three workers, reaper. ``worker`` processes lease jobs from the same database. All
 of them are killed with SIGKILL at random instants, and started again. Meanwhile bots enqueue jobs over the socket (and some are
 canceled), and machines send their results, as they would over the tailnet; a part of the API's answers is lost, late or
-an error. When the kills are done, everything that is queued is worked off, and jobs, servers and tokens are reconciled. *in_spawn*, *in_reap*: kills while
-such a job was running. *left_over*: servers that only the reaper can know of, made meanwhile; *reaped*: what reapers say they deleted.
+an error. *left_over* are servers that only the reaper can know of, made meanwhile; *reaped* is what reapers say they deleted;
+*in_spawn* and *in_reap* count the kills while such a job was running. When the kills are done, everything that is queued is worked
+off, and jobs, servers and tokens are reconciled:
 
 *duplicates*: jobs for which more than one server was there at one time. *orphans*: servers that are left after a reaper's
 cycle. *lost*: jobs that were accepted and have no end, or that ended as done without the result that their machine sent. *over

@@ -2,8 +2,7 @@
 { sops-nix, disko }:
 let
   fleet = import ./fleet.nix;
-  inherit (import ./hostfiles.nix) paths;
-  etc = part: builtins.substring 5 (-1) part.path; # without /etc/
+  inherit (import ./hostfiles.nix) etc paths;
   # The operator's own key, where the repository has it: a flake sees what git tracks, and nothing of the home.
   ownKey = root: host:
     let name = host.provisioning.sshPubkeyFile or ""; file = root + "/${name}"; in

@@ -5,6 +5,8 @@ rec {
   data = name: builtins.fromJSON (text name);
   paths = data "paths.json";
   tailnet = data "tailnet.json";
+  # A path of paths.json as environment.etc names it: without /etc/.
+  etc = part: builtins.substring 5 (-1) part.path;
   # Every @NAME@ of a template is replaced, in one go.
   filled = values: builtins.replaceStrings (map (name: "@${name}@") (builtins.attrNames values)) (builtins.attrValues values);
 }

@@ -428,8 +428,7 @@ class HetznerCloud:
             code = str(error.code)
             if code in ("unauthorized", "401"):
                 raise _wrong_token() from None
-            shown = f"{code}, correlation id {error.correlation_id}" if error.correlation_id else code
-            said = f"{what}: {self._redactor.scrub(str(error.message))} ({shown})"
+            said = f"{what}: {self._redactor.scrub(str(error.message))} ({answers.code(error)})"
             kind = CloudError if code in REFUSALS else OutcomeUnknown
             fix = BUDGET_FIX if code == "rate_limit_exceeded" else ""
             raise kind(said, where=self._endpoint, fix=fix, code=code) from None
@@ -470,8 +469,7 @@ class HetznerCloud:
                     where=self._endpoint,
                     fix=BUDGET_FIX,
                 ) from error
-            code = f"{error.code}, correlation id {error.correlation_id}" if error.correlation_id else str(error.code)
-            raise CloudError(f"{what}: {error.message} ({code})", where=self._endpoint) from error
+            raise CloudError(f"{what}: {error.message} ({answers.code(error)})", where=self._endpoint) from error
         except requests.exceptions.RequestException as error:
             raise CloudError(
                 f"{what}: the API does not answer ({self._redactor.scrub(type(error).__name__)})",

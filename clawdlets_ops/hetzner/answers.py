@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 from typing import Any
 
+from hcloud import APIException
+
 from clawdlets_ops.cloud import Firewall, FirewallRule, Offer, PlacementGroup, PrimaryIp, Server, SshKey, Volume
 
 
@@ -103,3 +105,8 @@ def firewall(found: Any) -> Firewall:
             )
         ),
     )
+
+
+def code(error: APIException) -> str:
+    """Why something was refused, with what Hetzner's support asks for."""
+    return f"{error.code}, correlation id {error.correlation_id}" if error.correlation_id else str(error.code)

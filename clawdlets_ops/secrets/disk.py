@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -61,4 +61,4 @@ class Disk:
     remove_folder: Callable[[Path], None] = remove_if_empty
     remove_tree: Callable[[Path], None] = remove_tree
     ensure_folder: Callable[[Path, int], Path] = ensure_dir
-    sweep: Callable[..., None] = sweep_temporaries
+    sweep: Callable[[Path, Sequence[str]], None] = sweep_temporaries

@@ -9,7 +9,7 @@ ciphertext, which can be kept until a key leaks.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,11 +134,8 @@ def change(
     layout, disk = project.layout, disk or Disk()
     try:
         with locked(layout.lock("secrets"), what="the project's secrets", wait_s=LOCK_WAIT_S):
-            for folder in _every_folder(layout):
-                disk.sweep(folder)
-            state = layout.state_file("any").parent
-            if state.is_dir() and not state.is_symlink():
-                disk.sweep(state, OURS_IN_STATE)
+            for folder, prefixes in _swept(layout):
+                disk.sweep(folder, prefixes)
             plan = make_plan()
             contents = _encrypted(plan.targets, Sops(runner, find_sops(runner)))
             outcome = outcome_of(layout, plan)
@@ -237,12 +234,13 @@ def _collect(faults: list[SecretsError], attempt: Callable[[], T]) -> T | None:
         return None
 
 
-def _every_folder(layout: Layout) -> list[Path]:
-    """Every folder that is written under the lock alone, in which an interrupted run may have left something."""
+def _swept(layout: Layout) -> list[tuple[Path, Sequence[str]]]:
+    """Every folder in which an interrupted run may have left something, and how the names begin of what is ours alone there."""
     hosts = layout.host_secrets_dir("any").parent
-    fixed = [layout.secrets_dir, layout.operator_recipients_dir, *key_folders(layout)]
-    fixed += [layout.operator_key("any").parent, layout.extra_files("any").parent]
-    return [folder for folder in [*fixed, *sorted(hosts.glob("*"))] if folder.is_dir() and not folder.is_symlink()]
+    whole = [layout.secrets_dir, layout.operator_recipients_dir, *key_folders(layout)]
+    whole += [layout.operator_key("any").parent, layout.extra_files("any").parent, *sorted(hosts.glob("*"))]
+    swept = [*((folder, ("",)) for folder in whole), (layout.state_file("any").parent, OURS_IN_STATE)]
+    return [(folder, prefixes) for folder, prefixes in swept if folder.is_dir() and not folder.is_symlink()]
 
 
 def _folders(layout: Layout, wanted: Iterable[Path]) -> dict[Path, int]:

@@ -67,10 +67,10 @@ def build_expectation(
 ) -> dict[str, Any]:
     """The document for one host.
 
-    ``public`` and ``tailnet`` map a family (4, 6) to an address; ``tailnet_ports`` are open to the tailnet besides SSH; ``pin`` and ``admin_keys`` are public key lines; ``cloud``
-    is what the API shows: ``{"server": {name, status, labels}, "firewalls": [{name, status, "rules": [{direction,
-    protocol, port, sourceIps}]}]}``, None when it could not be asked; ``node`` is the host as the operator's tailscale sees
-    it. VerifyError when there is no address to log in at.
+    ``public`` and ``tailnet`` map a family (4, 6) to an address; ``tailnet_ports`` are open to the tailnet besides SSH;
+    ``pin`` and ``admin_keys`` are public key lines; ``cloud`` is what the API shows: ``{"server": {name, status, labels},
+    "firewalls": [{name, status, "rules": [{direction, protocol, port, sourceIps}]}]}``, None when it could not be asked;
+    ``node`` is the host as the operator's tailscale sees it. VerifyError when there is no address to log in at.
     """
     network = "tailnet" if mode == "tailnet" else "public"
     addresses = tailnet if mode == "tailnet" else public

@@ -5,10 +5,9 @@ let
   c = config.clawdlets;
   o = c.orchestrator;
   hostfiles = import ../hostfiles.nix;
-  inherit (hostfiles) paths;
+  inherit (hostfiles) etc paths;
   state = paths.orchestratorStateDir;
   socket = paths.orchestratorSocket;
-  etc = lib.removePrefix "/etc/";
   package = (import ../packages { inherit pkgs; }).clf-orchestrator;
 in
 lib.mkIf o.enable {
@@ -18,7 +17,7 @@ lib.mkIf o.enable {
     admin.extraGroups = [ o.operatorsGroup socket.group ]; # the socket is the group's; who is an operator is the other's word
   } // lib.mapAttrs' (name: _: lib.nameValuePair "bot-${name}" { extraGroups = [ socket.group ]; }) c.bots;
   environment.systemPackages = [ package ]; # clf, for bots and operators
-  environment.etc.${etc paths.orchestratorConfig.path} = {
+  environment.etc.${etc paths.orchestratorConfig} = {
     inherit (paths.orchestratorConfig) mode;
     text = builtins.toJSON { inherit (o) store workers keepDays operatorsGroup; bootstrap.port = o.bootstrapPort; authorizedKeys = config.users.users.admin.openssh.authorizedKeys.keys; };
   };
@@ -33,7 +32,7 @@ lib.mkIf o.enable {
     requires = [ "clf-orchestrator.socket" ];
     wants = [ "network-online.target" ];
     after = [ "network-online.target" "sops-install-secrets.service" "tailscaled-autoconnect.service" ];
-    restartTriggers = [ config.environment.etc.${etc paths.orchestratorConfig.path}.text ];
+    restartTriggers = [ config.environment.etc.${etc paths.orchestratorConfig}.text ];
     serviceConfig = hostfiles.data "hardening.json" // {
       Type = "notify";
       ExecStart = "${package}/bin/clf-orchestrator";

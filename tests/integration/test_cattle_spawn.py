@@ -223,8 +223,7 @@ def test_a_machine_at_work_costs_the_projects_request_budget_little(desk: Desk) 
     """Two at work all the time, looked at every two seconds, would take all that there is."""
     job_id = desk.enqueue()
     with desk.working(look_s=3600.0):
-        desk.until(lambda: "runningAt" in desk.job(job_id).state)
-        time.sleep(0.2)
+        desk.until(lambda: "runningAt" in desk.job(job_id).state)  # said by the last look that there is
         before = len(desk.cloud.calls)
         time.sleep(0.5)  # 25 times poll_s
         assert desk.cloud.calls[before:] == []

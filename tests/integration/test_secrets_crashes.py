@@ -112,7 +112,7 @@ class CutDisk:
             remove_folder=lambda path: self._step("remove_folder", remove_if_empty, path),
             remove_tree=lambda path: self._step("remove_tree", remove_tree, path),
             ensure_folder=lambda path, mode: self._step("ensure_folder", ensure_dir, path, mode),
-            sweep=lambda path, *of: self._step("sweep", sweep_temporaries, path, *of),
+            sweep=lambda path, prefixes: self._step("sweep", sweep_temporaries, path, prefixes),
         )
 
     def _step(self, kind, operation, *arguments, **options):
