@@ -96,7 +96,7 @@ def of_job(host: str, job_id: str) -> dict[str, str]:
 
 def server_name(persona: str, job_id: str) -> str:
     """The one name of a job's server. The API takes a name once in a project: an order that was sent twice makes one."""
-    return f"cattle-{persona}-{job_id.replace('-', '')[:12]}"
+    return f"cattle-{persona}-{job_id.replace('-', '')[-12:]}"
 
 
 def bot_label(requester: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -190,9 +191,14 @@ class Daemon:
             raise OrchestratorError("this host does not listen on the tailnet yet")
         return f"http://{self._address}:{self._config.bootstrap.port}"
 
+    def _call_workers(self) -> None:
+        if not self._wake.is_set():
+            self._wake.set()
+
     async def serve(self) -> None:
         """Serve; OrchestratorError or StoreError when it cannot begin."""
         sys.setswitchinterval(SWITCH_S)
+        gc.freeze()  # what has been loaded stays: looking through all of it for garbage now and then takes longer than a commit
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
@@ -202,7 +208,7 @@ class Daemon:
         if listening is None:
             listening = own_socket(Path(self._config.socket_path), group)
         path = check_socket(listening, group)
-        app = quiet(make_app(self._queue, self._work.kinds, self._identify, on_enqueued=self._wake.set))
+        app = quiet(make_app(self._queue, self._work.kinds, self._identify, on_enqueued=self._call_workers))
         workers = self._start_workers()
         tasks = [
             asyncio.create_task(self._run(server(app, Bounds()), listening)),

@@ -11,6 +11,7 @@ in the world it first writes down with ``context.remember``, and on a later atte
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,6 +19,9 @@ from typing import Any, Protocol
 
 Json = Any
 """A value as json.loads returns it."""
+
+compact: Callable[[Json], str] = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+"""JSON in as few characters as it takes."""
 
 Clock = Callable[[], int]
 """Milliseconds since the epoch."""

@@ -20,6 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, RowMapping
 
+from clawdlets_ops.orchestrator.batch import Operation, Refusal, Rows
 from clawdlets_ops.orchestrator.jobs import (
     BACKOFF_MAX_MS,
     FINISHED,
@@ -32,8 +33,9 @@ from clawdlets_ops.orchestrator.jobs import (
     Json,
     Status,
     backoff_ms,
+    compact,
 )
-from clawdlets_ops.orchestrator.store import Ids, Operation, Refusal, Rows, Store, events, jobs
+from clawdlets_ops.orchestrator.store import Ids, Store, events, jobs
 
 IDEMPOTENCY_WINDOW_MS = 24 * 3600 * 1000
 KEEP_MS = 7 * 24 * 3600 * 1000
@@ -83,7 +85,7 @@ class Queue:
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
-        self._ids = Ids()
+        self._ids = Ids(clock)
 
     def now(self) -> int:
         """The time that counts here, in ms."""
@@ -124,7 +126,7 @@ class Queue:
         row = {
             "job_id": job_id,
             "kind": kind,
-            "payload_json": json.dumps(payload, separators=(",", ":"), ensure_ascii=False),
+            "payload_json": compact(payload),
             "payload_digest": _digest(kind, payload) if idempotency_key else "",
             "requester": requester,
             "idempotency_key": idempotency_key,
@@ -136,9 +138,8 @@ class Queue:
             "attempt": 0,
             "max_attempts": max(1, min(max_attempts, MAX_ATTEMPTS)),
         }
-        rows = [(jobs, row), (events, {"job_id": job_id, "at": now, "type": "enqueue", "message": "", "attempt": 0})]
         if not idempotency_key and max_unfinished is None and max_unfinished_in_all is None:
-            return job_id, rows
+            return job_id, [(jobs, row)]
 
         def checked(connection: Connection) -> str | None:
             if idempotency_key:
@@ -148,8 +149,7 @@ class Queue:
                         raise IdempotencyConflict(same["job_id"])
                     return str(same["job_id"])
             _within_caps(connection, kind, requester, max_unfinished, max_unfinished_in_all)
-            for table, one in rows:
-                connection.execute(table.insert(), one)
+            connection.execute(jobs.insert(), row)
             return None
 
         return job_id, checked
@@ -180,14 +180,19 @@ class Queue:
         return self._store.read(lambda connection: [_job(row) for row in connection.execute(query).mappings()])
 
     def events(self, job_id: str) -> list[Event]:
-        """What happened to a job, in order."""
+        """What happened to a job, in order. That it was asked for, its own row tells: a row less to be made durable."""
         query = sa.select(events).where(events.c.job_id == job_id).order_by(events.c.id)
-        return self._store.read(
-            lambda connection: [
-                Event(row["at"], row["type"], row["message"], row["attempt"])
-                for row in connection.execute(query).mappings()
-            ]
-        )
+        created = sa.select(jobs.c.created_at).where(jobs.c.job_id == job_id)
+
+        def operation(connection: Connection) -> list[Event]:
+            rows = connection.execute(query).mappings().all()
+            told = [Event(row["at"], row["type"], row["message"], row["attempt"]) for row in rows]
+            asked_at = connection.execute(created).scalar()
+            if asked_at is not None and (not told or told[0].type != "enqueue"):  # older stores have that row
+                told.insert(0, Event(asked_at, "enqueue", "", 0))
+            return told
+
+        return self._store.read(operation)
 
     def cancel(self, job_id: str, *, requester: str | None = None, by: str = "") -> None:
         """A job that no worker ever had is canceled at once; else its worker, or the next one, cleans up and cancels it.

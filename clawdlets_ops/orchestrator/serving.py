@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -59,6 +59,32 @@ class Bounds:
             del self.open[who]
 
 
+class _Whole:
+    """A transport on which the head of an answer waits for its body: one call of the kernel for both, and whoever reads is woken
+    once. uvicorn writes one right after the other."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send ``data`` and the head before it, or keep it when it is one."""
+        if not self._head and data.startswith(b"HTTP/1.1 ") and data.endswith(b"\r\n\r\n") and data[9:10] != b"1":
+            self._head = data
+            return
+        self._transport.write(self._head + data)
+        self._head = b""
+
+    def close(self) -> None:
+        """Close it when everything was sent."""
+        if self._head:
+            self.write(b"")
+        self._transport.close()
+
+
 def bounded(bounds: Bounds) -> type[HttpToolsProtocol]:
     """The protocol class for one server."""
 
@@ -71,7 +97,7 @@ def bounded(bounds: Bounds) -> type[HttpToolsProtocol]:
         _refused = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+            super().connection_made(cast(asyncio.Transport, _Whole(transport)))
             connection = transport.get_extra_info("socket")
             if connection.family == socket.AF_UNIX:
                 uid = peer_uid(connection)
@@ -164,6 +190,7 @@ def server(app: Any, bounds: Bounds) -> Server:
             lifespan="off",
             access_log=False,
             log_config=None,
+            proxy_headers=False,
             server_header=False,
             date_header=False,
             timeout_keep_alive=IDLE_S,

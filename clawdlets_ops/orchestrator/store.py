@@ -1,37 +1,51 @@
 """The orchestrator's database: SQLite in a private folder, or PostgreSQL by URL.
 
-All writes go through one thread. What arrives while a transaction is being committed goes into the next one, together, and
-each caller is answered only after *its* commit (group commit): with ``synchronous = FULL`` nothing that was acknowledged is
-lost to a power cut, at a fraction of a commit per row. SQLite facts: sqlite.org/pragma.html, sqlite.org/rescode.html.
+What is to be written at one time is committed together, and each caller is answered only after *its* commit (group commit): with
+``synchronous = FULL`` nothing that was acknowledged is lost to a power cut, at a fraction of a commit per row. A thread commits
+what other threads ask for; what an event loop asks for in one turn, the loop commits itself while SQLite's disk is quick, since
+handing it to a thread and back takes longer than the disk does. SQLite facts: sqlite.org/pragma.html, sqlite.org/rescode.html.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import stat
 import threading
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from clawdlets_ops.errors import StoreError
-
-T = TypeVar("T")
-Waiter = Future[Any] | asyncio.Future[Any]
+from clawdlets_ops.orchestrator.batch import (
+    RESTORE,
+    Asked,
+    Committer,
+    Operation,
+    Rows,
+    T,
+    Told,
+    Waiter,
+    in_words,
+    settle,
+    tell,
+)
 
 SCHEMA = 1
 BATCH = 256
 BUSY_TIMEOUT_MS = 5_000
+QUICK_S = 0.05
+THREAD_FOR_S = 5.0
+"""A commit that an event loop waited longer for than QUICK_S is the last one for a while: THREAD_FOR_S."""
 
 metadata = sa.MetaData()
 
@@ -107,70 +121,45 @@ sa.Index("tokens_job", tokens.c.job_id)
 sa.Index("tokens_expiry", tokens.c.expires_at)
 
 
-class Refusal(Exception):
-    """An operation refused before it wrote anything: its caller is told, its companions in the batch are committed."""
-
-
-Operation = Callable[[Connection], T]
-Rows = Sequence[tuple[sa.Table, Mapping[str, Any]]]
-
-
-Told = tuple[Waiter, Any, BaseException | None]
-
-
-def _tell(told: list[Told]) -> None:
-    """Give every caller its answer; those that wait in an event loop, all of a loop by one call."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Told]] = {}
-    for one in told:
-        if isinstance(one[0], asyncio.Future):
-            by_loop.setdefault(one[0].get_loop(), []).append(one)
-        else:
-            _settle([one])
-    for loop, many in by_loop.items():
-        with suppress(RuntimeError):  # the loop has ended, and its callers with it
-            loop.call_soon_threadsafe(_settle, many)
-
-
-def _settle(told: list[Told]) -> None:
-    for waiter, result, error in told:
-        if waiter.cancelled():
-            continue
-        if error is None:
-            waiter.set_result(result)
-        else:
-            waiter.set_exception(error)
-
-
 class Ids:
-    """Random UUIDs (version 4), whose bytes are fetched many at a time: each fetch lets go of the interpreter for a while."""
+    """UUIDs of version 7 (RFC 9562): the time in ms, then 74 random bits. What is new stands together in an index, and a commit
+    writes few of its pages. The random bytes are fetched many at a time: each fetch lets go of the interpreter for a while."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], int]) -> None:
+        self._clock = clock
         self._left: list[str] = []
 
     def __call__(self) -> str:
+        time = self._clock() & 0xFFFF_FFFF_FFFF
         while True:
             try:
-                return self._left.pop()
+                return f"{time >> 16:08x}-{time & 0xFFFF:04x}-{self._left.pop()}"
             except IndexError:
-                some = os.urandom(16 * 64)
-                made = [uuid.UUID(bytes=some[at : at + 16], version=4) for at in range(0, len(some), 16)]
-                self._left += [str(one) for one in made]
+                some = os.urandom(10 * 64).hex()
+                self._left += [_version_7(some[at : at + 20]) for at in range(0, len(some), 20)]
+
+
+def _version_7(random: str) -> str:
+    """The last three groups of a UUID, of 20 hex digits; the version and the variant take six of the 80 bits."""
+    return f"7{random[1:4]}-{'89ab'[int(random[4], 16) & 3]}{random[5:8]}-{random[8:]}"
 
 
 class Store:
-    """Open it, ``write`` and ``read`` with operations on a connection, ``close`` it. StoreError says what is wrong.
-
-    An operation may run twice (a companion failed, the batch is done again one by one), so it touches only its connection.
-    """
+    """Open it, ``write`` and ``read`` with operations on a connection, ``close`` it. StoreError says what is wrong."""
 
     def __init__(self, engine: Engine, *, path: Path | None = None) -> None:
         self._engine = engine
         self._path = path
         self._lock = threading.Condition()
-        self._waiting: list[tuple[Operation[Any] | Rows, Waiter]] = []
+        self._waiting: list[Asked] = []
         self._closed = False
-        self._connection: Connection | None = None
-        with _in_words():
+        self._turn = threading.Lock()
+        self._committer = Committer(engine)
+        self._here: list[Asked] = []
+        self._loop: tuple[int, asyncio.AbstractEventLoop | None] = (0, None)
+        self._committer_here = Committer(engine, patient=False)
+        self._thread_until = 0.0 if path is not None else math.inf
+        with in_words():
             _migrate(engine)
         if path is not None:
             check_modes(path)
@@ -188,7 +177,7 @@ class Store:
         return self._path is not None
 
     def submit(self, operation: Operation[T] | Rows) -> Future[T]:
-        """A future of the operation's result, set once it is durable. ``Rows`` are inserts, done together with others."""
+        """A future of the operation's result, set once it is durable."""
         future: Future[T] = Future()
         self._enqueue(operation, future)
         return future
@@ -201,10 +190,52 @@ class Store:
             self._lock.notify()
 
     def submit_here(self, operation: Operation[T] | Rows) -> asyncio.Future[T]:
-        """As ``submit``, with a future of the running event loop; a whole batch is told to the loop at once."""
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._enqueue(operation, future)
+        """As ``submit``, with a future of the running event loop."""
+        loop = self._running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        if self._closed or time.monotonic() < self._thread_until:
+            self._enqueue(operation, future)
+        else:
+            self._here.append((operation, future))
+            if len(self._here) == 1:
+                loop.call_soon(self._commit_here, loop, 0)
         return future
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        """As asyncio's, which asks the kernel for the process each time: a thread runs one loop at a time."""
+        thread, loop = self._loop
+        if loop is None or thread != threading.get_ident() or not loop.is_running():
+            loop = asyncio.get_running_loop()
+            self._loop = threading.get_ident(), loop
+        return loop
+
+    def _commit_here(self, loop: asyncio.AbstractEventLoop, before: int) -> None:
+        """Commit what the loop's turns bring, once one brings no more; what does not succeed at once is the thread's."""
+        if before < len(self._here) < BATCH:
+            loop.call_soon(self._commit_here, loop, len(self._here))
+            return
+        batch, self._here = self._here[:BATCH], self._here[BATCH:]
+        if self._here:
+            loop.call_soon(self._commit_here, loop, 0)
+        told: list[Told] = []
+        if not self._closed and self._turn.acquire(blocking=False):
+            begun = time.monotonic()
+            try:
+                told = self._committer_here.commit(batch)
+            except Exception:
+                self._thread_until = begun + THREAD_FOR_S
+            finally:
+                self._turn.release()
+            if (now := time.monotonic()) - begun > QUICK_S:
+                self._thread_until = now + THREAD_FOR_S
+        if told:
+            settle(told)
+            return
+        for operation, waiter in batch:
+            try:
+                self._enqueue(operation, waiter)
+            except StoreError as error:
+                settle([(waiter, None, error)])
 
     def write(self, operation: Operation[T]) -> T:
         """The operation's result, once it is durable."""
@@ -212,15 +243,15 @@ class Store:
 
     def read(self, operation: Operation[T]) -> T:
         """The result of an operation that only reads; it never waits for the writer."""
-        with _in_words(), self._engine.connect().execution_options(clf_read=True) as connection:
+        with in_words(), self._engine.connect().execution_options(clf_read=True) as connection:
             return operation(connection)
 
     def tidy(self) -> None:
         """After a prune: deleted rows leave the write-ahead log, and free pages go back to the disk."""
         if not self.is_sqlite:
             return
-        with _in_words(), self._engine.connect().execution_options(clf_bare=True) as connection:
-            raw: Any = connection.connection.driver_connection
+        with in_words(), self._engine.connect().execution_options(clf_bare=True) as connection:
+            raw: Any = connection.connection.dbapi_connection
             try:
                 for pragma in ("incremental_vacuum", "wal_checkpoint(TRUNCATE)"):
                     raw.execute(f"PRAGMA {pragma}").fetchall()  # the first works a page a step, until all are fetched
@@ -233,6 +264,8 @@ class Store:
             self._closed = True
             self._lock.notify()
         self._writer.join()
+        with self._turn:
+            self._committer_here.close()
         self._engine.dispose()
 
     def _work(self) -> None:
@@ -243,49 +276,19 @@ class Store:
                 batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
                 if not batch:
                     break
-            _tell(self._commit(batch))
-        if self._connection is not None:
-            self._connection.close()
+            with self._turn:
+                told = self._commit(batch)
+            tell(told)
+        self._committer.close()
 
-    def _commit(self, batch: list[tuple[Operation[Any] | Rows, Waiter]]) -> list[Told]:
+    def _commit(self, batch: list[Asked]) -> list[Told]:
         """One transaction for all; when one of them fails, one for each."""
         try:
-            answers = self._transaction(batch)
+            return self._committer.commit(batch)
         except BaseException as error:
-            self._reset()
             if len(batch) == 1:
                 return [(batch[0][1], None, error)]
             return [told for one in batch for told in self._commit([one])]
-        return [(waiter, *answer) for (_, waiter), answer in zip(batch, answers, strict=True)]
-
-    def _transaction(self, batch: list[tuple[Operation[Any] | Rows, Waiter]]) -> list[tuple[Any, Refusal | None]]:
-        answers: list[tuple[Any, Refusal | None]] = []
-        rows: dict[sa.Table, list[Mapping[str, Any]]] = {}
-        with _in_words():
-            if self._connection is None:
-                self._connection = self._engine.connect()
-            with self._connection.begin():
-                for operation, _ in batch:
-                    if not callable(operation):
-                        for table, row in operation:
-                            rows.setdefault(table, []).append(row)
-                        answers.append((None, None))
-                        continue
-                    _insert(self._connection, rows)
-                    try:
-                        answers.append((operation(self._connection), None))
-                    except Refusal as refusal:
-                        answers.append((None, refusal))
-                _insert(self._connection, rows)
-        return answers
-
-    def _reset(self) -> None:
-        """The next transaction begins on a connection of its own."""
-        if self._connection is not None:
-            with suppress(SQLAlchemyError):
-                self._connection.invalidate()
-                self._connection.close()
-            self._connection = None
 
 
 def open_sqlite(path: Path, *, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> Store:
@@ -305,6 +308,7 @@ def open_sqlite(path: Path, *, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> Store:
         for pragma in (
             f"busy_timeout = {busy_timeout_ms}",
             "auto_vacuum = INCREMENTAL",
+            "wal_autocheckpoint = 4000",  # pages, 16 MB: who commits when it is due waits for it, and should be one in many
             "journal_mode = WAL",
             "synchronous = FULL",
             "foreign_keys = ON",
@@ -316,9 +320,10 @@ def open_sqlite(path: Path, *, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> Store:
     def _begin(connection: Connection) -> None:
         options = connection.get_execution_options()
         if not options.get("clf_bare"):
-            connection.exec_driver_sql("BEGIN" if options.get("clf_read") else "BEGIN IMMEDIATE")
+            raw: Any = connection.connection.dbapi_connection
+            raw.execute("BEGIN" if options.get("clf_read") else "BEGIN IMMEDIATE")
 
-    with _in_words(str(path)):
+    with in_words(str(path)):
         with engine.connect().execution_options(clf_read=True) as connection:
             verdict = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
         if verdict != "ok":
@@ -339,9 +344,6 @@ def open_postgresql(url: str) -> Store:
     except SQLAlchemyError:
         raise StoreError("the PostgreSQL URL cannot be read", reason="unreachable") from None
     return Store(engine)
-
-
-RESTORE = "stop clf-orchestrator, move state.sqlite and its -wal and -shm away, and restore a backup"
 
 
 def check_modes(path: Path) -> None:
@@ -374,12 +376,6 @@ def check_modes(path: Path) -> None:
             )
 
 
-def _insert(connection: Connection, rows: dict[sa.Table, list[Mapping[str, Any]]]) -> None:
-    for table, many in rows.items():
-        connection.execute(table.insert(), many)
-    rows.clear()
-
-
 def _migrate(engine: Engine) -> None:
     """Bring the database to SCHEMA; refuse one that we do not know."""
     with engine.begin() as connection:
@@ -401,42 +397,3 @@ def _migrate(engine: Engine) -> None:
                 fix="run the version of clf-orchestrator that wrote it, or a newer one",
                 reason="unknown",
             )
-
-
-class _in_words:
-    """Turns what the database drivers raise into StoreError, without the statement's parameters."""
-
-    def __init__(self, where: str = "the store") -> None:
-        self._where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, DBAPIError):
-            raise _described(error, self._where) from None
-        if isinstance(error, StoreError) and not error.where:
-            raise StoreError(error.what, where=self._where, fix=error.fix, reason=error.reason) from None
-
-
-def _described(error: DBAPIError, where: str) -> StoreError:
-    name = str(getattr(error.orig, "sqlite_errorname", ""))
-    for prefix, reason, what, fix in (
-        ("SQLITE_BUSY", "busy", "is locked by another process", "end what else has it open"),
-        ("SQLITE_LOCKED", "busy", "is locked by another process", "end what else has it open"),
-        ("SQLITE_FULL", "full", "the disk is full", "free space below /var/lib/clf"),
-        ("SQLITE_READONLY", "readonly", "cannot be written", "check the owner of the files and the mount"),
-        ("SQLITE_CANTOPEN", "unreachable", "cannot be opened", "check the owner of the folder"),
-        ("SQLITE_IOERR", "io", f"the disk answers with an error ({name})", "look at the kernel's log"),
-        ("SQLITE_CORRUPT", "corrupt", "is damaged", RESTORE),
-        ("SQLITE_NOTADB", "corrupt", "is not a SQLite database", RESTORE),
-    ):
-        if name.startswith(prefix):
-            return StoreError(what, where=where, fix=fix, reason=reason)
-    state = str(getattr(error.orig, "sqlstate", None) or "")
-    if state.startswith("53"):  # insufficient resources, postgresql.org/docs: errcodes
-        return StoreError("PostgreSQL has no room", where=where, fix="free space on its disk", reason="full")
-    kind = type(error.orig).__name__
-    if kind in ("OperationalError", "InterfaceError") or error.connection_invalidated:
-        return StoreError("the database does not answer", where=where, fix="is PostgreSQL up?", reason="unreachable")
-    return StoreError(f"the database refused ({kind} {state or name})".rstrip(), where=where, reason="refused")

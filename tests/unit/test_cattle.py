@@ -21,6 +21,7 @@ from clawdlets_ops.cattle.userdata import Parts, PersonaFile
 from clawdlets_ops.cloud import Server
 from clawdlets_ops.errors import CattleError
 from clawdlets_ops.lab import first_boot
+from clawdlets_ops.orchestrator.store import Ids
 from clawdlets_ops.sensitive import Secret
 from clawdlets_ops.testing import canary
 from tests.cattle_desk import SSH_KEY, herd, payload
@@ -54,7 +55,9 @@ def test_what_the_fleet_declares_never_overrides_ours() -> None:
 def test_a_name_is_a_host_name_and_the_jobs_own() -> None:
     name = labels.server_name("a" * 24, JOB)
     assert len(name) <= 63
-    assert name == labels.server_name("a" * 24, JOB) != labels.server_name("a" * 24, JOB.replace("0f9c", "1f9c"))
+    assert name == labels.server_name("a" * 24, JOB) != labels.server_name("a" * 24, JOB.replace("4a5b", "4a5c"))
+    ids = Ids(lambda: 1_700_000_000_000)
+    assert len({labels.server_name("a", ids()) for _ in range(1000)}) == 1000, "also of jobs of one moment"
 
 
 @pytest.mark.parametrize(
