@@ -10,7 +10,8 @@ side), *open* (edge and host as before, a login from the internet side works), *
 themselves are; the others stay until the judgement. A tailnet that goes away after the host was confirmed is judged once it
 is back, and counted in a column of its own: no transaction can undo what has been confirmed.
 
-Needs what ``clawdlets lab up`` needs. ``--json FILE`` keeps every round. Exit status 1 for a lockout or a half.
+Needs what ``clawdlets lab up`` needs. ``--json FILE`` keeps every round. Exit status 1 for a lockout, a half, or rounds
+that are missing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from clawdlets_ops import lockdown, provision, ssh, workflow
-from clawdlets_ops.errors import ClawdletsError
+from clawdlets_ops.errors import ClawdletsError, LabError
 from clawdlets_ops.hetzner import FirewallRule
 from clawdlets_ops.install import ADMIN
 from clawdlets_ops.lab import control, faults
@@ -157,12 +158,23 @@ class Bench:
     def guest(self, host: str, script: str, *, timeout_s: float = 240.0) -> str:
         """Run it in the guest. The way in is kept until the guest has another init: to ask for it costs API requests."""
         if (leader := self.leaders.get(host)) is None or not Path(f"/proc/{leader}").exists():
-            leader = self.leaders[host] = control.find_server(self.lab.layout, host).leader_pid
+            leader = self.leaders[host] = self._leader(host)
         argv = ["nsenter", "-t", str(leader), "-a", "env", f"PATH={control.GUEST_PATH}", "sh", "-c", script]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
         if done.returncode and not Path(f"/proc/{leader}").exists():
             self.leaders.pop(host)
         return done.stdout.strip()
+
+    def _leader(self, host: str) -> int:
+        """The guest's init; asked for until the lab says it, as the rounds use up the budget of requests that it has, too."""
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                return control.find_server(self.lab.layout, host).leader_pid
+            except LabError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(2)
 
     def login(self, host: str, address: str) -> bool:
         """A fresh login with the pinned key that runs a command."""
@@ -351,7 +363,7 @@ class Bench:
 
     def _settle(self, host: str) -> float | None:
         """Wait until nobody and nothing is going to change a door any more; when a login from the internet first worked."""
-        opened_at = None
+        opened_at, ask_again_at = None, 0.0
         deadline = time.monotonic() + SETTLED_WITHIN_S
         while time.monotonic() < deadline:
             if opened_at is None and self._answers(host) and self.by_internet(host):
@@ -360,8 +372,10 @@ class Bench:
                 seen = self.account(host)
                 if seen.get("armed") == "no" and (opened_at is not None or seen.get("mode") == "tailnet"):
                     break
-                if seen.get("armed") == "no" and self.edge_open(host) is False:
-                    break
+                if seen.get("armed") == "no" and time.monotonic() > ask_again_at:
+                    if self.edge_open(host) is False:
+                        break
+                    ask_again_at = time.monotonic() + 3  # the budget of requests is for what is tested
             time.sleep(0.7)
         if opened_at is None and self.by_internet(host):
             opened_at = time.monotonic()
@@ -454,7 +468,9 @@ def main() -> int:
     for one in done:
         if one.ended in ("half", "lockout"):
             print(json.dumps(asdict(one)))
-    return 1 if any(one.ended in ("half", "lockout") for one in done) else 0
+    if missing := 0 if arguments.minutes else arguments.rounds - len(done):
+        print(f"{missing} rounds are missing")
+    return 1 if missing or any(one.ended in ("half", "lockout") for one in done) else 0
 
 
 def run(bench: Bench, hosts: list[str], planned: list[Round], arguments: argparse.Namespace) -> list[Round]:
