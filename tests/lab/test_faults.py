@@ -30,6 +30,7 @@ from clawdlets_ops.lab import control, faults
 from clawdlets_ops.lab.control import LabServer
 from clawdlets_ops.lab.faults import Injected, parse_fault
 from clawdlets_ops.layout import Layout
+from clawdlets_ops.lockdown import watchdog
 from clawdlets_ops.project import Project
 from tests.lab.conftest import ROOT, TAILNET, LabProject, make_project
 
@@ -51,6 +52,7 @@ API_HOSTS = {f"api{number}": text for number, text in enumerate(REFUSALS)}
 DOCUMENT = ROOT / "docs" / "reference" / "lab-faults.md"
 BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->\n"
 LOCKED = "answer locked POST /firewalls/*/actions/* times=1"
+PENDING = "firewall-pending held"
 ORDER = (
     *REFUSALS,
     "action create_server times=1",
@@ -61,6 +63,7 @@ ORDER = (
     "never-boots dead",
     "disk-full full",
     "scan full",
+    PENDING,
 )
 RUNS_IN_THE_RAIN = 4
 ROWS: dict[str, tuple[str, str]] = {}  # fault → where the journal names it, and what became of it
@@ -162,7 +165,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
     def hosts(document: dict[str, Any]) -> None:
         alpha = document["hosts"]["alpha"]
-        document["hosts"] = {name: copy.deepcopy(alpha) for name in (*API_HOSTS, "unmade", "dead", "full", "far")}
+        document["hosts"] = {
+            name: copy.deepcopy(alpha) for name in (*API_HOSTS, "unmade", "dead", "full", "far", "held")
+        }
         document.pop("cattle", None)  # it names the host that was the only one
 
     project = make_project(tmp_path_factory.mktemp("faults"))
@@ -372,6 +377,26 @@ class TestWhatBootstrapDoes:
         site.inject("latency far milliseconds=600 from=operator-tailnet")
         state, far_s = site.look(address)
         assert (state, far_s >= near_s + 1.0) == ("open", True)  # two round trips, over the tailnet
+
+    @pytest.mark.long
+    @pytest.mark.timeout(900)
+    def test_a_firewall_that_stays_pending_is_put_back_and_a_rerun_locks_down(self, site: Site) -> None:
+        for stage in ("payload", "provision", "install"):
+            site.stage(stage, "held", ok=True)
+        site.inject(PENDING)
+        failed = site.stage("lockdown", "held", ok=False).stdout
+        assert "pending" in failed
+        assert "THE EDGE COULD NOT BE OPENED AGAIN" in failed  # nobody could see it applied
+        assert site.look(site.server("held").ipv4)[0] == "open"
+        site.clear()
+        until(lambda: not watchdog.lives(site.layout, "held"), timeout_s=180)
+        site.stage("bootstrap", "held", ok=True)
+        assert site.look(site.server("held").ipv4)[0] != "open"
+        site.tell(
+            PENDING,
+            "Lockdown waits, puts the old rules back and says that nobody saw them applied; they let SSH in again. Once it is "
+            "over, the next run goes on and ends verified.",
+        )
 
     @pytest.mark.timeout(900)
     def test_many_hosts_at_once_and_a_second_run_costs_next_to_nothing(self, site: Site) -> None:

@@ -196,10 +196,20 @@ LIE = (
 TRUTH = "cd /run/current-system/sw/bin; rm {0}; if [ -e {0}.kept ]; then mv {0}.kept {0}; fi"
 KEY_RUNS_OUT = f"""printf '#!/bin/sh\\necho "\\\\"BackendState\\\\": \\\\"Running\\\\", \\\\"RunSSH\\\\": false, \\\\"KeyExpiry\\\\": \\\\"%s\\\\""\\n' "$(date -u -d '+5 days' +%FT%TZ)" >/run/lie-tailscale; {LIE.format("tailscale")}"""
 
+# What a daemon says it is, is nobody's evidence: this one says that it is another program.
+LYING_BANNER = (
+    "mkdir -p /run/lie /run/systemd/system/ssh.service.d; sed s/OpenSSH_/dropbear/g /usr/sbin/sshd >/run/lie/sshd; chmod +x /run/lie/sshd; "
+    "printf '[Service]\\nExecStart=\\nExecStart=/run/lie/sshd -D\\n' >/run/systemd/system/ssh.service.d/lie.conf; systemctl daemon-reload"
+)
+HONEST_BANNER = "rm -r /run/lie /run/systemd/system/ssh.service.d; systemctl daemon-reload"
+BANNER_LIES = "[ \"$(timeout 5 bash -c 'exec 3<>/dev/tcp/127.0.0.1/22; head -c 16 <&3')\" = SSH-2.0-dropbear ]"
+
 SEEDS = [
     Seed("a Match block for one address", "SSH-01", f"printf 'Match User root Address 127.0.0.1\\n  PasswordAuthentication yes\\n' >>{SSHD}; {RESTART}", UNDO_SSHD),
     Seed("a configuration that nobody has read", "SSH-02", f"touch -d '+1 minute' {SSHD}", UNDO_SSHD),
     Seed("a daemon that does what its file denies", "SSH-02 SSH-03 SSH-04", f"sed -i 's/^AuthenticationMethods.*//; s/^PasswordAuthentication no/PasswordAuthentication yes/; s/^AllowUsers.*//' {SSHD}; {RESTART}; cp /run/kept-sshd {SSHD}; touch -d '+1 minute' {SSHD}", UNDO_SSHD),
+    Seed("a daemon that calls itself another", "", f"{LYING_BANNER}; {RESTART}; {BANNER_LIES}", f"{HONEST_BANNER}; {UNDO_SSHD}"),
+    Seed("a daemon that calls itself another and takes passwords", "SSH-01 SSH-03 SSH-04", f"{LYING_BANNER}; sed -i 's/^AuthenticationMethods.*//; s/^PasswordAuthentication no/PasswordAuthentication yes/' {SSHD}; {RESTART}; {BANNER_LIES}", f"{HONEST_BANNER}; {UNDO_SSHD}"),
     Seed("root may log in", "SSH-05", f"sed -i 's/^PermitRootLogin no/PermitRootLogin prohibit-password/' {SSHD}; {RESTART}", UNDO_SSHD),
     Seed("a key for root", "SSH-06", "ssh-keygen -q -t ed25519 -N '' -f /run/eve; cp /run/eve.pub /etc/ssh/authorized_keys.d/root", "rm -f /etc/ssh/authorized_keys.d/root /run/eve /run/eve.pub"),
     Seed("a second shell server", "SSH-07", "cp $(readlink -f /usr/bin/python3) /run/dropbear; systemd-run -q --unit=door /run/dropbear -c 'import socket as s, time as t; x = s.create_server((\"\", 2222)); t.sleep(900)'; until ss -Hltn | grep -q :2222; do :; done", "systemctl stop door; rm -f /run/dropbear"),
