@@ -148,9 +148,8 @@ class _Api:
         except TooMany as error:
             raise Answer(429, str(error), retry_s=30) from None
         self._on_enqueued()
-        return _Plain(
-            b'{"protocolVersion":%d,"jobId":"%s"}' % (PROTOCOL, job_id.encode()), 200
-        )  # an id needs no quoting
+        answer = b'{"protocolVersion":%d,"jobId":"%s"}' % (PROTOCOL, job_id.encode())  # an id needs no quoting
+        return _Plain(answer, 200)
 
     async def list_jobs(self, request: Request) -> Response:
         who = self._who(request)
@@ -259,9 +258,8 @@ class _Api:
 async def read_object(request: Request, limit: int) -> dict[str, Json]:
     """The request's JSON object ({} for an empty body); Answer 400, 413 or 415. Its time is bounded in ``serving``."""
     kind, announced = b"", b""
-    for name, value in request.scope[
-        "headers"
-    ]:  # names are in lower case; asking for two by Headers costs as much as the rest
+    # Names are in lower case. To ask Headers for two of them costs as much as all the rest of this.
+    for name, value in request.scope["headers"]:
         if name == b"content-type":
             kind = value
         elif name == b"content-length":

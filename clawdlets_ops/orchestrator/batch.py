@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import dialect as sqlite
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from clawdlets_ops.errors import StoreError
 
 T = TypeVar("T")
+SQLITE_ERROR: type[Exception] = sqlite.import_dbapi().Error
+"""What the driver raises where it is spoken to past SQLAlchemy, which costs more than the insert of a row."""
 Waiter = Future[Any] | asyncio.Future[Any]
 
 RESTORE = "stop clf-orchestrator, move state.sqlite and its -wal and -shm away, and restore a backup"
@@ -141,13 +143,13 @@ class in_words:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, DBAPIError | sqlite3.Error):
+        if isinstance(error, (DBAPIError, SQLITE_ERROR)):
             raise _described(error, self._where) from None
         if isinstance(error, StoreError) and not error.where:
             raise StoreError(error.what, where=self._where, fix=error.fix, reason=error.reason) from None
 
 
-def _described(error: DBAPIError | sqlite3.Error, where: str) -> StoreError:
+def _described(error: BaseException, where: str) -> StoreError:
     orig, disconnected = (error.orig, error.connection_invalidated) if isinstance(error, DBAPIError) else (error, False)
     name = str(getattr(orig, "sqlite_errorname", ""))
     for prefix, reason, what, fix in (
