@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 from clawdlets_ops.errors import SettingsError
@@ -18,22 +17,10 @@ from clawdlets_ops.files import read_private
 from clawdlets_ops.fleet import Fleet, Host, check_public_key, load_fleet
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.sensitive import Secret
+from clawdlets_ops.vantage import Vantage
 
 HETZNER_ENDPOINT = "https://api.hetzner.cloud/v1"
 TOKEN_CHARS = 64
-
-
-@dataclass(frozen=True)
-class Vantage:
-    """A place to look from. ``via`` is put before a probe's command line; ``controls`` maps the address family
-    (4, 6) to an ``address, port`` that this vantage can reach when its network works at all: without that positive
-    control a closed port proves nothing. ``bash``: the place has no Python, the probe is a bash script there."""
-
-    name: str
-    side: Literal["internet", "tailnet"]
-    via: tuple[str, ...] = ()
-    controls: Mapping[int, tuple[str, int]] = field(default_factory=dict)
-    bash: bool = False
 
 
 @dataclass(frozen=True)

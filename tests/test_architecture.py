@@ -30,7 +30,9 @@ LAYERS: dict[str, frozenset[str]] = {
             "hostfiles",
         }
     ),
-    "model": frozenset({"cloud", "declared", "herd", "bots", "fleet", "fleetfile", "layout", "project", "egress"}),
+    "model": frozenset(
+        {"cloud", "declared", "herd", "bots", "fleet", "fleetfile", "layout", "vantage", "project", "egress"}
+    ),
     "tools": frozenset(
         {
             "sops",

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from clawdlets_ops import workflow
-from clawdlets_ops.commands.secrets import with_project
+from clawdlets_ops.commands.context import with_project
 from clawdlets_ops.hetzner import HetznerCloud
 from clawdlets_ops.project import Project
 from clawdlets_ops.rollout import pool

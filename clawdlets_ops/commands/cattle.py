@@ -14,7 +14,7 @@ import click
 from clawdlets_ops.cattle import labels, personas, reap, userdata
 from clawdlets_ops.cattle.wiring import SPAWN, cloud_of
 from clawdlets_ops.cloud import Server
-from clawdlets_ops.commands.secrets import with_project
+from clawdlets_ops.commands.context import with_project
 from clawdlets_ops.errors import CattleError
 from clawdlets_ops.files import ensure_dir
 from clawdlets_ops.herd import secrets_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from clawdlets_ops import provision, workflow
-from clawdlets_ops.commands.secrets import with_project
+from clawdlets_ops.commands.context import with_project
 from clawdlets_ops.project import Project
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from clawdlets_ops.commands.secrets import ENVIRON
+from clawdlets_ops.commands import ENVIRON
 from clawdlets_ops.doctor import run
 from clawdlets_ops.doctor.observe import observe
 from clawdlets_ops.doctor.snapshot import Scope

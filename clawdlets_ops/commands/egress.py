@@ -8,7 +8,7 @@ import sys
 import click
 
 from clawdlets_ops import denials, workflow
-from clawdlets_ops.commands.secrets import with_project
+from clawdlets_ops.commands.context import with_project
 from clawdlets_ops.egress import explain, policy_of
 from clawdlets_ops.project import Project
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from clawdlets_ops import declare, fleetfile, peer
-from clawdlets_ops.commands.secrets import ENVIRON
+from clawdlets_ops.commands import ENVIRON
 from clawdlets_ops.declare import Wish
 from clawdlets_ops.errors import ClawdletsError, FleetError
 from clawdlets_ops.files import locked, write_atomic

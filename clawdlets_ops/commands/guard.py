@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from clawdlets_ops.commands.secrets import ENVIRON
+from clawdlets_ops.commands import ENVIRON
 from clawdlets_ops.errors import ClawdletsError, SettingsError
 from clawdlets_ops.guard import hooks, report
 from clawdlets_ops.guard import run as running

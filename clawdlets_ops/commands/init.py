@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from clawdlets_ops import scaffold
+from clawdlets_ops.commands import ENVIRON
 from clawdlets_ops.commands.fleet import host_options, wish_of
 from clawdlets_ops.commands.guard import program_words
-from clawdlets_ops.commands.secrets import ENVIRON
 from clawdlets_ops.declare import Wish
 from clawdlets_ops.errors import SettingsError
 from clawdlets_ops.process import LocalRunner

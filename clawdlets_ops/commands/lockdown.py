@@ -10,7 +10,7 @@ import click
 
 from clawdlets_ops import lockdown as lockdowns
 from clawdlets_ops import workflow
-from clawdlets_ops.commands.secrets import with_project
+from clawdlets_ops.commands.context import with_project
 from clawdlets_ops.errors import LockdownError
 from clawdlets_ops.hetzner import Server
 from clawdlets_ops.project import Project

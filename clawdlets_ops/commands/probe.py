@@ -8,7 +8,7 @@ import sys
 import click
 
 from clawdlets_ops import workflow
-from clawdlets_ops.commands.secrets import with_project
+from clawdlets_ops.commands.context import with_project
 from clawdlets_ops.finding import State
 from clawdlets_ops.project import Project
 from clawdlets_ops.verify import probing

@@ -1,21 +1,16 @@
-"""``clawdlets secrets``: the encrypted files in the repository, from the first key to a revoked operator.
-
-The project's root is the context's object; the environment is in ``meta`` under ``ENVIRON``, put there by the surface
-that read it.
-"""
+"""``clawdlets secrets``: the encrypted files in the repository, from the first key to a revoked operator."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import click
 
 from clawdlets_ops import workflow
+from clawdlets_ops.commands import ENVIRON
+from clawdlets_ops.commands.context import hosts_option, with_project
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.project import Project, load_project
@@ -24,21 +19,6 @@ from clawdlets_ops.secrets.plan import MAX_VALUE_BYTES, read_value
 from clawdlets_ops.secrets.status import Row, State, exit_code
 from clawdlets_ops.secrets.vault import operator_identity
 from clawdlets_ops.sensitive import Secret
-
-ENVIRON = "clawdlets_ops.environ"
-
-hosts_option = click.option("--host", "hosts", multiple=True, help="Default: every host of the fleet.")
-
-
-def with_project(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the loaded project as its first argument."""
-
-    @click.pass_context
-    @wraps(function)
-    def wrapped(context: click.Context, /, *arguments: Any, **options: Any) -> Any:
-        return function(load_project(context.obj, context.meta[ENVIRON]), *arguments, **options)
-
-    return wrapped
 
 
 @click.group()

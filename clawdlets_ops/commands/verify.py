@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from clawdlets_ops import workflow
-from clawdlets_ops.commands.secrets import hosts_option, with_project
+from clawdlets_ops.commands.context import hosts_option, with_project
 from clawdlets_ops.project import Project
 from clawdlets_ops.sensitive import Secret
 from clawdlets_ops.verify import catalogue, fleet, fleet_report

@@ -8,7 +8,7 @@ from typing import Any
 
 from clawdlets_ops.lab.control import LabStatus
 from clawdlets_ops.process import Runner
-from clawdlets_ops.project import Vantage
+from clawdlets_ops.vantage import Vantage
 from clawdlets_ops.verify.exposure import Exposure, measure_exposure
 
 REQUESTS_SHOWN = 10

@@ -18,7 +18,7 @@ import testinfra
 from clawdlets_ops.errors import ClawdletsError, CommandError, CommandTimeout
 from clawdlets_ops.files import write_atomic
 from clawdlets_ops.process import Command, LocalRunner, Runner
-from clawdlets_ops.project import Vantage
+from clawdlets_ops.vantage import Vantage
 from clawdlets_ops.verify.exposure import Sight, measure_hosts, probe_from
 from clawdlets_ops.verify.ssh_config import CONTROL_PATH_MAX_BYTES, known_hosts, ssh_config
 from clawdlets_ops.verify.suite.reading import parse_frames
@@ -92,6 +92,8 @@ class HostEvidence:
         self._look = look or (lambda: look_at([expected], runner=runner)[expected["host"]])
         self._lock = threading.RLock()  # who asks while somebody else is looking waits for what is seen
         self._looking = threading.RLock()
+        self._trying = threading.Lock()
+        self._answering = threading.Event()
         self._folder = tempfile.TemporaryDirectory(prefix="clv-", dir=_short_folder())
         self._facts: dict[str, Any] | None = None
         self._exposure: list[dict[str, Any]] | None = None
@@ -122,8 +124,15 @@ class HostEvidence:
         """See ``suite.reading`` for the shape; ``problem`` says why there are none."""
         with self._lock:
             if self._facts is None:
-                self._facts = self._fetch()
+                try:
+                    self._facts = self._fetch()
+                finally:
+                    self._answering.set()
             return self._facts
+
+    def wait_for_answer(self) -> None:
+        """Return once the host has begun to answer, or will not: its session is there, whoever is refused after it."""
+        self._answering.wait()
 
     @property
     def facts_sha256(self) -> str:
@@ -153,7 +162,7 @@ class HostEvidence:
     def attempt(self, user: str, method: str) -> dict[str, Any]:
         """A login that should be refused, over a fresh connection, once: ``{result: admitted | denied | failed, methods:
         [str] | None, presented: fingerprint | None, why}``."""
-        with self._lock:
+        with self._trying:
             once = self._attempts.setdefault((user, method), Once(lambda: self._attempt(user, method)))
         return once()
 
@@ -195,7 +204,9 @@ class HostEvidence:
         began = time.time()
         try:
             with self._runner.stream(command) as output:
-                said = output.read(FACTS_LIMIT_BYTES + 1)
+                said = output.read(1)
+                self._answering.set()
+                said += output.read(FACTS_LIMIT_BYTES)
         except CommandTimeout:
             return {**facts, "problem": f"the host did not end its answer within {FACTS_TIMEOUT_S:g} s"}
         except CommandError as error:

@@ -30,11 +30,11 @@ from clawdlets_ops.layout import (
     secret_file_on_server,
     secrets_dir_on_server,
 )
-from clawdlets_ops.project import Vantage
 from clawdlets_ops.secrets.plan import Need, needs
 from clawdlets_ops.tailnet import MIN_KEY_LIFE, Peer
+from clawdlets_ops.vantage import Vantage
+from clawdlets_ops.verify import EXPECTATION_VERSION
 
-EXPECTATION_VERSION = 1
 REFUSALS = 12  # how many requests clawdlets-egress makes for what is on nobody's list
 ADMIN = "admin"
 OPERATOR_VANTAGE = "operator"

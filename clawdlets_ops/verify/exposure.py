@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.process import Command, Runner
-from clawdlets_ops.project import Vantage
+from clawdlets_ops.vantage import Vantage
 
 SSH_PORT = 22
 FAMILIES = (4, 6)

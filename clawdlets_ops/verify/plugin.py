@@ -29,8 +29,8 @@ from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.files import write_atomic
 from clawdlets_ops.finding import Finding, State, exit_code
 from clawdlets_ops.process import LocalRunner
+from clawdlets_ops.verify import EXPECTATION_VERSION
 from clawdlets_ops.verify.evidence import METHODS, HostEvidence, Once, look_at
-from clawdlets_ops.verify.expectation import EXPECTATION_VERSION
 from clawdlets_ops.verify.suite.reading import NotApplicable, Unknown
 
 FINDINGS_VERSION = 1
@@ -133,11 +133,12 @@ class Verification:
                 self._begun.append(self._pool.submit(self._ask, one, facts="facts" in asked, tries="attempt" in asked))
 
     def _ask(self, one: HostEvidence, *, facts: bool, tries: bool) -> None:
-        # Refused logins come last: a host may well shut us out after a few of them.
-        if facts:
-            _ = one.facts
-        if tries:
-            with ThreadPoolExecutor(max_workers=len(METHODS)) as pool:
+        with ThreadPoolExecutor(max_workers=len(METHODS) + 1) as pool:
+            if facts:
+                pool.submit(getattr, one, "facts")
+                one.wait_for_answer()
+            # Refused logins are begun after the one that counts: a host may well shut us out after a few of them.
+            if tries:
                 list(pool.map(lambda pair: one.attempt(*pair), usual_attempts(one.expected)))
 
     @pytest.hookimpl(tryfirst=True)

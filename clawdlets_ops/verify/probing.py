@@ -14,7 +14,8 @@ from clawdlets_ops.files import write_atomic
 from clawdlets_ops.finding import State
 from clawdlets_ops.hetzner import Cloud
 from clawdlets_ops.process import Runner
-from clawdlets_ops.project import Project, Vantage
+from clawdlets_ops.project import Project
+from clawdlets_ops.vantage import Vantage
 from clawdlets_ops.verify import host as one_host
 from clawdlets_ops.verify import vantage
 from clawdlets_ops.verify.exposure import Cell, Exposure, Sight, measure_hosts

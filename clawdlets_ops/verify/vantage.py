@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from clawdlets_ops.errors import VerifyError
-from clawdlets_ops.project import Vantage
+from clawdlets_ops.vantage import Vantage
 
 Controls = Mapping[int, tuple[str, int]]
 CONNECT_TIMEOUT_S = 10

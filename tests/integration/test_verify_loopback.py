@@ -26,7 +26,8 @@ from clawdlets_ops.errors import VerifyError
 from clawdlets_ops.fleet import load_fleet
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import LocalRunner
-from clawdlets_ops.project import Project, Vantage
+from clawdlets_ops.project import Project
+from clawdlets_ops.vantage import Vantage
 from clawdlets_ops.verify import evidence as evidence_module
 from clawdlets_ops.verify.catalogue import catalogue
 from clawdlets_ops.verify.evidence import HostEvidence

@@ -14,8 +14,8 @@ from clawdlets_ops.lab import control, doctor, overview
 from clawdlets_ops.lab.control import LabServer, LabStatus
 from clawdlets_ops.lab.scenario import environment, lay_out, read_results
 from clawdlets_ops.layout import Layout
-from clawdlets_ops.project import Vantage
 from clawdlets_ops.testing import FakeRunner
+from clawdlets_ops.vantage import Vantage
 from clawdlets_ops.verify.exposure import Cell, Exposure
 
 ALPHA = LabServer("alpha", "running", "198.18.1.10", "2001:2:0:10a::1", ("100.64.1.10", "fd7a::a"), True, 17, 1)

@@ -11,8 +11,8 @@ import pytest
 
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.process import Command, LocalRunner
-from clawdlets_ops.project import Vantage
 from clawdlets_ops.testing import FakeRunner
+from clawdlets_ops.vantage import Vantage
 from clawdlets_ops.verify.exposure import Exposure, measure_exposure, probe_from
 from clawdlets_ops.verify.probe import outcome_of
 

@@ -17,8 +17,9 @@ from clawdlets_ops.finding import State
 from clawdlets_ops.fleet import load_fleet, parse_fleet
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.process import Command
-from clawdlets_ops.project import Project, Vantage
+from clawdlets_ops.project import Project
 from clawdlets_ops.testing import FakeRunner
+from clawdlets_ops.vantage import Vantage
 from clawdlets_ops.verify.evidence import read_attempt
 from clawdlets_ops.verify.expectation import build_expectation, fingerprint
 from clawdlets_ops.verify.report import document, page, summary

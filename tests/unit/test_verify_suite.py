@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from clawdlets_ops.fleet import parse_fleet
-from clawdlets_ops.project import Vantage
 from clawdlets_ops.tailnet import Peer
+from clawdlets_ops.vantage import Vantage
 from clawdlets_ops.verify.expectation import OFTEN_OPEN, build_expectation, fingerprint
 from clawdlets_ops.verify.suite.reading import Fault, NotApplicable, Unknown, parse_frames
 

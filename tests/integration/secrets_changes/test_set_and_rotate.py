@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from clawdlets_ops import age
-from clawdlets_ops.commands.secrets import ENVIRON, secrets
+from clawdlets_ops.commands import ENVIRON
+from clawdlets_ops.commands.secrets import secrets
 from clawdlets_ops.errors import ClawdletsError, SecretsError, UnreadableError
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.secrets import changes
@@ -191,7 +192,8 @@ def test_the_command_line_from_status_to_revocation(run, project, runner):
 PROMPTED = """
 import os, sys
 from pathlib import Path
-from clawdlets_ops.commands.secrets import ENVIRON, secrets
+from clawdlets_ops.commands import ENVIRON
+from clawdlets_ops.commands.secrets import secrets
 with secrets.make_context("secrets", sys.argv[2:], obj=Path(sys.argv[1])) as context:
     context.meta[ENVIRON] = os.environ
     secrets.invoke(context)
