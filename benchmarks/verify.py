@@ -31,7 +31,7 @@ from clawdlets_ops.verify.catalogue import catalogue
 from clawdlets_ops.verify.ssh_config import known_hosts, ssh_config
 
 ROOT = Path(__file__).parents[1]
-ROUNDS = 5
+ROUNDS = 3
 PROGRAM = "sudo -n /run/current-system/sw/bin/clawdlets-exposure status"
 
 
@@ -94,6 +94,16 @@ def timed_s(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def judged(lab: Scenario, *words: str) -> None:
+    """Verify, as an operator does. Where many machines share a few cores, something may be unknown: that is told."""
+    done = lab.run("clawdlets", "verify", "--format", "json", *words)
+    findings = json.loads(done.stdout)["findings"]
+    odd = [one for one in findings if one["state"] in ("fail", "unknown")]
+    for one in odd:
+        print(f"{one['host']} {one['check']} {one['state']}: {one['observed'][:160]}", file=sys.stderr)
+    assert not any(one["state"] == "fail" for one in odd)
+
+
 def ask(lab: Scenario, names: Sequence[str], folder: Path, *, shared: bool) -> float:
     """All hosts at the same time, one thread a host; how many seconds it took."""
 
@@ -130,10 +140,11 @@ def main(words: Sequence[str] | None = None) -> None:
                 for host in names:
                     inject(lab.layout, parse_fault(["latency", host, f"milliseconds={rtt}", "from=operator-tailnet"]))
             counted = lambda count: sum(count(lab, host) for host in names) / len(names)  # noqa: E731
-            whole_s = timed_s(lambda: lab.run("clawdlets", "verify", "--parallel", str(len(names))).check())
+            whole_s = timed_s(lambda: judged(lab, "--parallel", str(len(names))))
             before, began = counted(logins), counted(execs)
-            verify = ("clawdlets", "verify", "--parallel", str(len(names)), *only)
-            suite_s = statistics.median(timed_s(lambda: lab.run(*verify).check()) for _ in range(ROUNDS))  # noqa: B023
+            suite_s = statistics.median(
+                timed_s(lambda: judged(lab, "--parallel", str(len(names)), *only)) for _ in range(ROUNDS)
+            )
             between, ended = counted(logins), counted(execs)
             each_ms = judging_ms(lab)
             shared_s = ask(lab, names, Path(scratch) / f"{rtt}-shared", shared=True)
