@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from typing import Protocol
@@ -22,6 +23,9 @@ from clawdlets_ops.secrets.vault import declared_pin
 from clawdlets_ops.ssh import Target
 from clawdlets_ops.verify.exposure import measure_exposure
 
+AT_ONCE = 8
+"""A look at a door is mostly waiting, for what does not answer."""
+
 
 class Doors(Protocol):
     """``look_at_doors``, or what stands in its place in a test."""
@@ -36,14 +40,17 @@ class Doors(Protocol):
 def look_at_doors(
     project: Project | Wrong, hosts: Collection[str], *, runner: Runner, cloud_of: Callable[[Project], Cloud]
 ) -> Mapping[str, Door | Blind | NotHere]:
-    """Two GETs, one login and the probes for each host that has a server."""
+    """Two GETs, one login and the probes for each host that has a server; AT_ONCE hosts side by side."""
     if isinstance(project, Wrong):
         return {host: Blind(project.why) for host in hosts}
     try:
         cloud = cloud_of(project)
     except ClawdletsError as error:
         return {host: Blind(error.what) for host in hosts}
-    return {host: attempt(partial(_look, project, host, runner, cloud)) for host in hosts}
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        return dict(
+            zip(hosts, pool.map(lambda host: attempt(partial(_look, project, host, runner, cloud)), hosts), strict=True)
+        )
 
 
 def _look(project: Project, host: str, runner: Runner, cloud: Cloud) -> Door | NotHere:

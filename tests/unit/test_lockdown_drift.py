@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from clawdlets_ops.doctor import doors
 from clawdlets_ops.doctor.snapshot import Blind, Field, NotHere, Snapshot, Wrong
+from clawdlets_ops.errors import CloudError
 from clawdlets_ops.finding import State
+from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.hetzner import WINDOW_LABEL, WINDOW_TIME, Firewall, FirewallRule
+from clawdlets_ops.layout import Layout
 from clawdlets_ops.lockdown import HostExposure
 from clawdlets_ops.lockdown.drift import Door, drift, open_windows, overdue
+from clawdlets_ops.project import Project
+from clawdlets_ops.testing import FakeCloud, FakeRunner
 from clawdlets_ops.verify.exposure import Cell, Exposure, Reach
 
 NOW = datetime(2026, 11, 27, 12, tzinfo=UTC)
@@ -120,3 +128,23 @@ SOON = datetime.now(UTC) + timedelta(hours=1)
 def test_what_the_doctor_says_of_it(door: Door | Blind | NotHere, agree: State, due: State, window: State) -> None:
     checks = (doors.accounts_agree, doors.nothing_is_overdue, doors.no_window_is_open)
     assert [next(iter(check(snapshot(door)))).state for check in checks] == [agree, due, window]
+
+
+def test_doors_are_looked_at_side_by_side_and_each_is_its_own_hosts() -> None:
+    """Every look waits until as many others are under way: one after the other, none would ever end."""
+    together = threading.Barrier(doors.AT_ONCE, timeout=30)
+    declared: dict[str, Any] = json.loads((Path(__file__).parents[2] / "fleet" / "clawdlets.json").read_text())
+    declared.pop("cattle", None)
+    declared["hosts"] = {f"host-{number}": declared["hosts"]["alpha"] for number in range(doors.AT_ONCE)}
+    project = Project(Layout(Path("/nonexistent")), parse_fleet(json.dumps(declared)), "olive", {})
+
+    class Cloud(FakeCloud):
+        def server(self, name: str) -> None:
+            together.wait()
+            if name == "host-3":
+                raise CloudError("is not to be seen", where=name)
+
+    seen = doors.look_at_doors(project, list(project.fleet.hosts), runner=FakeRunner(), cloud_of=lambda _: Cloud())
+    assert list(seen) == list(project.fleet.hosts)
+    assert {host for host, one in seen.items() if isinstance(one, Blind)} == {"host-3"}
+    assert sum(isinstance(one, NotHere) for one in seen.values()) == doors.AT_ONCE - 1
