@@ -16,9 +16,10 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from clawdlets_ops.errors import StoreError
 
 T = TypeVar("T")
+Waiter = Future[Any] | asyncio.Future[Any]
+
 SQLITE_ERROR: type[Exception] = sqlite.import_dbapi().Error
 """What the driver raises where it is spoken to past SQLAlchemy, which costs more than the insert of a row."""
-Waiter = Future[Any] | asyncio.Future[Any]
 
 RESTORE = "stop clf-orchestrator, move state.sqlite and its -wal and -shm away, and restore a backup"
 
@@ -29,10 +30,10 @@ class Refusal(Exception):
 
 Operation = Callable[[Connection], T]
 """It may run twice (a companion failed, and each is done again by itself), so it touches only its connection."""
-Rows = Sequence[tuple[sa.Table, Mapping[str, Any]]]
-"""Inserts that depend on nothing, done together with others."""
+Row = tuple[sa.Table, Mapping[str, Any]]
+"""An insert that depends on nothing, done together with others."""
 
-Asked = tuple[Operation[Any] | Rows, Waiter]
+Asked = tuple[Operation[Any] | Row, Waiter]
 Told = tuple[Waiter, Any, BaseException | None]
 
 
@@ -87,7 +88,7 @@ class Committer:
                 connection.invalidate()
             connection.close()
 
-    def _transaction(self, operations: Sequence[Operation[Any] | Rows]) -> list[tuple[Any, Refusal | None]]:
+    def _transaction(self, operations: Sequence[Operation[Any] | Row]) -> list[tuple[Any, Refusal | None]]:
         answers: list[tuple[Any, Refusal | None]] = []
         rows: dict[sa.Table, list[Mapping[str, Any]]] = {}
         with in_words():
@@ -95,8 +96,8 @@ class Committer:
             with connection.begin():
                 for operation in operations:
                     if not callable(operation):
-                        for table, row in operation:
-                            rows.setdefault(table, []).append(row)
+                        table, row = operation
+                        rows.setdefault(table, []).append(row)
                         answers.append((None, None))
                         continue
                     self._insert(connection, rows)

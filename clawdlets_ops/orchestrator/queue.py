@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, RowMapping
 
-from clawdlets_ops.orchestrator.batch import Operation, Refusal, Rows
+from clawdlets_ops.orchestrator.batch import Operation, Refusal, Row
 from clawdlets_ops.orchestrator.jobs import (
     BACKOFF_MAX_MS,
     FINISHED,
@@ -119,7 +119,7 @@ class Queue:
         max_attempts: int = 3,
         max_unfinished: int | None = None,
         max_unfinished_in_all: int | None = None,
-    ) -> tuple[str, Operation[str | None] | Rows]:
+    ) -> tuple[str, Operation[str | None] | Row]:
         """A new job's id, and what puts it into the store; the operation's answer is the id that counts, if it is another."""
         now = self._clock()
         job_id = self._ids()
@@ -139,7 +139,7 @@ class Queue:
             "max_attempts": max(1, min(max_attempts, MAX_ATTEMPTS)),
         }
         if not idempotency_key and max_unfinished is None and max_unfinished_in_all is None:
-            return job_id, [(jobs, row)]
+            return job_id, (jobs, row)
 
         def checked(connection: Connection) -> str | None:
             if idempotency_key:

@@ -31,7 +31,7 @@ from clawdlets_ops.orchestrator.batch import (
     Asked,
     Committer,
     Operation,
-    Rows,
+    Row,
     T,
     Told,
     Waiter,
@@ -176,20 +176,20 @@ class Store:
         """Whether this is SQLite."""
         return self._path is not None
 
-    def submit(self, operation: Operation[T] | Rows) -> Future[T]:
+    def submit(self, operation: Operation[T] | Row) -> Future[T]:
         """A future of the operation's result, set once it is durable."""
         future: Future[T] = Future()
         self._enqueue(operation, future)
         return future
 
-    def _enqueue(self, operation: Operation[Any] | Rows, waiter: Waiter) -> None:
+    def _enqueue(self, operation: Operation[Any] | Row, waiter: Waiter) -> None:
         with self._lock:
             if self._closed:
                 raise StoreError("is closed", reason="closed")
             self._waiting.append((operation, waiter))
             self._lock.notify()
 
-    def submit_here(self, operation: Operation[T] | Rows) -> asyncio.Future[T]:
+    def submit_here(self, operation: Operation[T] | Row) -> asyncio.Future[T]:
         """As ``submit``, with a future of the running event loop."""
         loop = self._running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -217,20 +217,19 @@ class Store:
         batch, self._here = self._here[:BATCH], self._here[BATCH:]
         if self._here:
             loop.call_soon(self._commit_here, loop, 0)
-        told: list[Told] = []
         if not self._closed and self._turn.acquire(blocking=False):
             begun = time.monotonic()
             try:
                 told = self._committer_here.commit(batch)
-            except Exception:
-                self._thread_until = begun + THREAD_FOR_S
+            except Exception:  # whatever it is, the thread meets it again, and tells whom it concerns
+                self._thread_until = time.monotonic() + THREAD_FOR_S
+            else:  # it is committed, and must not be tried again, come what may
+                if (now := time.monotonic()) - begun > QUICK_S:
+                    self._thread_until = now + THREAD_FOR_S
+                settle(told)
+                return
             finally:
                 self._turn.release()
-            if (now := time.monotonic()) - begun > QUICK_S:
-                self._thread_until = now + THREAD_FOR_S
-        if told:
-            settle(told)
-            return
         for operation, waiter in batch:
             try:
                 self._enqueue(operation, waiter)
