@@ -9,6 +9,7 @@ nothing; the end of a job is not a matter of time.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,26 +17,33 @@ from typing import Any, Final, Protocol
 
 from clawdlets_ops.cattle import labels
 from clawdlets_ops.cloud import Server
-from clawdlets_ops.errors import CloudError
+from clawdlets_ops.errors import CloudError, OutcomeUnknown
 from clawdlets_ops.orchestrator.jobs import Context, Job, Json, Retry
 
 log = logging.getLogger(__name__)
 
 SETTLE_S: Final = 60
 """A job that ended less than this ago deletes its own server."""
+GONE_S: Final = 60.0
+"""How long all that was asked to go is waited for; the API takes seconds for a deletion."""
+LOOK_S: Final = 0.5
 
 
-class Watching(Protocol):
-    """What this asks of the Hetzner API."""
+class Deleting(Protocol):
+    """What a deletion asks of the Hetzner API."""
+
+    def server_by_id(self, server_id: int) -> Server | None: ...
+
+    def delete_server(self, server_id: int) -> None: ...
+
+
+class Watching(Deleting, Protocol):
+    """What the reaper asks of it besides."""
 
     @property
     def api_time_s(self) -> float | None: ...
 
     def servers_with(self, labels: Mapping[str, str]) -> tuple[Server, ...]: ...
-
-    def server_by_id(self, server_id: int) -> Server | None: ...
-
-    def delete_server(self, server_id: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -147,30 +155,54 @@ class Reaper:
             context.note(line)
         if job.payload.get("dryRun"):
             return {"wouldDelete": [one.id for one in found.go], **_rest(found)}
-        deleted, faults = self.apply(found, check=context.check)
+        deleted, faults = apply(self.cloud, found, check=context.check, sleep=context.sleep)
         if faults:
             raise Retry(f"{len(faults)} not deleted: {faults[0]}")
         return {"deletedIds": deleted, **_rest(found)}
 
-    def apply(self, found: Plan, *, check: Callable[[], None] = lambda: None) -> tuple[list[int], list[str]]:
-        """Delete what the plan says, each after another look at its labels; the ids that are gone, and what went wrong."""
-        deleted: list[int] = []
-        faults: list[str] = []
-        for doomed in found.go:
-            check()
-            try:
-                seen = self.cloud.server_by_id(doomed.id)
-                brand = labels.read(seen.labels) if seen is not None else None
-                if seen is not None and (brand is None or brand.job_id != doomed.job_id):
-                    faults.append(f"{doomed.name} is labelled differently now, and is left alone")
-                    continue
-                if seen is not None:
-                    self.cloud.delete_server(doomed.id)
-                deleted.append(doomed.id)
-                log.info("reaped %s (id %d): %s", doomed.name, doomed.id, doomed.why)
-            except CloudError as error:
-                faults.append(f"{doomed.name}: {error.what}")
-        return deleted, faults
+
+def apply(
+    cloud: Deleting,
+    found: Plan,
+    *,
+    gone_s: float = GONE_S,
+    check: Callable[[], None] = lambda: None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> tuple[list[int], list[str]]:
+    """Delete what the plan says, each after another look at its labels; the ids that were seen to be gone, and what went
+    wrong. All are asked for before the first is waited for, and the last is waited for ``gone_s`` seconds at most."""
+    begun: list[Doomed] = []
+    faults: list[str] = []
+    for doomed in found.go:
+        check()
+        try:
+            seen = cloud.server_by_id(doomed.id)
+            brand = labels.read(seen.labels) if seen is not None else None
+            if seen is not None and (brand is None or brand.job_id != doomed.job_id):
+                faults.append(f"{doomed.name} is labelled differently now, and is left alone")
+                continue
+            if seen is not None:
+                cloud.delete_server(doomed.id)
+            begun.append(doomed)
+        except OutcomeUnknown:
+            begun.append(doomed)  # whether it goes is seen below
+        except CloudError as error:
+            faults.append(f"{doomed.name}: {error.what}")
+    deadline = time.monotonic() + gone_s
+    deleted: list[int] = []
+    for doomed in begun:
+        try:
+            while (there := cloud.server_by_id(doomed.id) is not None) and time.monotonic() < deadline:
+                sleep(LOOK_S)
+        except CloudError as error:
+            faults.append(f"{doomed.name} was asked to go, and whether it has is not known: {error.what}")
+            continue
+        if there:
+            faults.append(f"{doomed.name} was asked to go, and is still there")
+            continue
+        deleted.append(doomed.id)
+        log.info("reaped %s (id %d): %s", doomed.name, doomed.id, doomed.why)
+    return deleted, faults
 
 
 def _rest(found: Plan) -> dict[str, Any]:

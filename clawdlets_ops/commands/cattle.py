@@ -81,13 +81,8 @@ def cattle_destroy(project: Project, names: tuple[str, ...], yes: bool) -> None:
     chosen = [_named(servers, name) for name in names]
     if not yes:
         click.confirm(f"Delete {', '.join(f'{one.name} (id {one.id})' for one in chosen)}?", abort=True)
-    for server in chosen:
-        seen = cloud.server_by_id(server.id)
-        if seen is not None and labels.read(seen.labels) != labels.read(server.labels):
-            raise CattleError("is labelled differently now, and is left alone", where=server.name)
-        if seen is not None:
-            cloud.delete_server(server.id)
-        click.echo(f"{server.name} is deleted")
+    named = (reap.Doomed(one.id, one.name, one.labels[labels.JOB], "an operator named it") for one in chosen)
+    _delete(cloud, reap.Plan(tuple(named)))
 
 
 @cattle.command("reap")
@@ -106,10 +101,7 @@ def cattle_reap(project: Project, dry_run: bool) -> None:
     click.echo(str(plan))
     if dry_run:
         return
-    deleted, faults = reaper.apply(plan)
-    click.echo(f"deleted: {', '.join(map(str, deleted)) or 'none'}")
-    if faults:
-        raise CattleError("; ".join(faults), where="cattle reap")
+    _delete(cloud, plan)
 
 
 @cattle.command("persona")
@@ -168,6 +160,13 @@ def _named(servers: tuple[Server, ...], name: str) -> Server:
                 raise CattleError(f"has no proper {lacks}: it is not ours by its labels", where=name)
             return server
     raise CattleError("there is no such cattle server", where=name, fix="clawdlets cattle list")
+
+
+def _delete(cloud: HetznerCloud, plan: reap.Plan) -> None:
+    deleted, faults = reap.apply(cloud, plan)
+    click.echo(f"deleted: {', '.join(f'{one.name} (id {one.id})' for one in plan.go if one.id in deleted) or 'none'}")
+    if faults:
+        raise CattleError("; ".join(faults), where="cattle", fix="clawdlets cattle list")
 
 
 def _row(server: Server) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def test_a_server_is_destroyed_by_its_name_after_a_question_and_no_other(office:
     asked = office.ask("destroy", "cattle-rex-1", text="n\n", ok=False)
     assert f"Delete cattle-rex-1 (id {one})?" in asked.output
     assert office.left() == {one, other}
-    assert "cattle-rex-1 is deleted" in office.ask("destroy", "cattle-rex-1", text="y\n").output
+    assert f"deleted: cattle-rex-1 (id {one})" in office.ask("destroy", "cattle-rex-1", text="y\n").output
     assert office.left() == {other}
     office.ask("destroy", "cattle-rex-2", "--yes")
     assert office.left() == set()
@@ -178,7 +178,7 @@ def test_reap_deletes_by_both_clocks_and_says_first_what_would_go(office: Office
     assert f"delete cattle-rex-2 (id {old}): its time is up" in would
     assert "left alone, not ours by its labels: cattle-rex-3" in would
     assert office.left() == {young, old, strange}
-    assert f"deleted: {old}" in office.ask("reap").output
+    assert f"deleted: cattle-rex-2 (id {old})" in office.ask("reap").output
     assert office.left() == {young, strange}
 
 

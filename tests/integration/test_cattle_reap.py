@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from clawdlets_ops.cattle import labels, wiring
+from clawdlets_ops.cattle import labels, reap, wiring
 from clawdlets_ops.cattle.labels import Brand
+from clawdlets_ops.errors import LabError
+from clawdlets_ops.lab.backend import StubBackend
 from clawdlets_ops.orchestrator.jobs import Status
 from clawdlets_ops.sensitive import Secret
 from tests.cattle_desk import HOST, Desk, Killed, running_desk
@@ -52,7 +55,7 @@ def test_what_a_dead_job_left_is_gone_after_one_cycle_and_a_stranger_stays(desk:
     assert result is not None
     assert len(result["deletedIds"]) == 1
     assert "clawdlets-ttl" in result["strange"][0]
-    desk.until(lambda: [one.id for one in desk.servers()] == [stranger])
+    assert [one.id for one in desk.servers()] == [stranger]
 
 
 def test_a_server_whose_job_is_not_known_lives_out_its_time_by_both_clocks(desk: Desk) -> None:
@@ -65,7 +68,8 @@ def test_a_server_whose_job_is_not_known_lives_out_its_time_by_both_clocks(desk:
     desk.fault("clock-skew api seconds=86400")
     (doomed,) = desk.reaper.observe().go
     assert (doomed.id, doomed.why) == (ident, "its time is up")
-    assert desk.reaper.apply(desk.reaper.observe()) == ([ident], [])
+    assert reap.apply(desk.cloud, desk.reaper.observe()) == ([ident], [])
+    assert desk.servers() == ()
 
 
 def test_a_server_that_is_labelled_anew_between_look_and_deletion_is_left_alone(desk: Desk) -> None:
@@ -76,5 +80,73 @@ def test_a_server_that_is_labelled_anew_between_look_and_deletion_is_left_alone(
     found = desk.reaper.observe()
     assert len(found.go) == 1
     desk.cloud._cloud._client.servers.get_by_id(ident).update(labels={"kept": "by-olive"})
-    assert desk.reaper.apply(found)[0] == []
+    assert reap.apply(desk.cloud, found) == ([], ["cattle-rex-1 is labelled differently now, and is left alone"])
     assert desk.cloud.server_by_id(ident) is not None
+
+
+def doomed(desk: Desk, *names: str) -> reap.Plan:
+    """What an operator has named: these servers, made now."""
+    whole = Brand(HOST, JOB, "0123456789abcdef", "rex", "maren", 60, 1_000_000_000).labels({})
+    return reap.Plan(tuple(reap.Doomed(order(desk, name, whole), name, JOB, "named") for name in names))
+
+
+def test_a_server_is_said_to_be_deleted_when_it_is_gone_and_not_when_its_deletion_has_begun(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go = threading.Event()
+    monkeypatch.setattr(StubBackend, "delete", lambda self, ident: may_go.wait(20))
+    found = doomed(desk, "cattle-rex-1", "cattle-rex-2")
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        assert {one.status for one in desk.servers()} == {"deleting"}  # both were asked before the first is waited for
+        waited.append(seconds)
+        may_go.set()
+        desk.until(lambda: desk.servers() == ())
+
+    assert reap.apply(desk.cloud, found, sleep=sleep) == ([one.id for one in found.go], [])
+    assert len(waited) == 1
+
+
+def test_a_deletion_that_does_not_come_to_an_end_or_ends_in_error_is_a_fault(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go = threading.Event()
+    monkeypatch.setattr(StubBackend, "delete", lambda self, ident: may_go.wait(20))
+    said = ["cattle-rex-1 was asked to go, and is still there"]
+    assert reap.apply(desk.cloud, doomed(desk, "cattle-rex-1"), gone_s=0.1, sleep=lambda _: None) == ([], said)
+    may_go.set()
+
+    def fail(self: StubBackend, ident: int) -> None:
+        raise LabError("no", where=str(ident))
+
+    monkeypatch.setattr(StubBackend, "delete", fail)
+    said = ["cattle-rex-2 was asked to go, and is still there"]
+    assert reap.apply(desk.cloud, doomed(desk, "cattle-rex-2"), gone_s=0.1, sleep=lambda _: None) == ([], said)
+
+
+def test_a_deletion_whose_answer_was_lost_is_looked_after_and_one_that_was_refused_is_told(desk: Desk) -> None:
+    found = doomed(desk, "cattle-rex-1")
+    desk.fault("lost-answer DELETE times=1")
+    assert reap.apply(desk.cloud, found) == ([found.go[0].id], [])
+    found = doomed(desk, "cattle-rex-2", "cattle-rex-3")
+    desk.fault("answer locked DELETE times=1")
+    deleted, faults = reap.apply(desk.cloud, found)
+    assert deleted == [found.go[1].id]
+    assert len(faults) == 1
+    assert "cattle-rex-2" in faults[0]
+    assert "locked" in faults[0]
+
+
+def test_where_the_api_stops_answering_nothing_is_said_to_be_gone(desk: Desk) -> None:
+    found = doomed(desk, "cattle-rex-1")
+
+    def silent(name: str) -> None:
+        if desk.cloud.calls.count("delete_server"):
+            desk.cloud.before = lambda name: None
+            desk.fault("cut GET /servers/*")
+
+    desk.cloud.before = silent
+    deleted, faults = reap.apply(desk.cloud, found)
+    assert deleted == []
+    assert "whether it has is not known" in faults[0]
