@@ -2,9 +2,11 @@
 
 Only the endpoint that is named is ever asked. Both mint a key that is ephemeral, tagged, good for one machine and for a
 short time, and look at the answer before they believe it. A request is sent once: a key that nobody got runs out by itself.
+A key that its machine has not used is revoked by its id; what has joined stays joined.
 
-Sources: tailscale.com/api (OAuth token; POST /tailnet/-/keys; the client's id in the request is ignored, its secret says
-which it is), headscale 0.28 proto/headscale/v1/preauthkey.proto.
+Sources: tailscale.com/api (OAuth token; POST /tailnet/-/keys, DELETE /tailnet/-/keys/ID, whose answer has no body that
+matters; the client's id in the request is ignored, its secret says which it is), headscale 0.28
+proto/headscale/v1/preauthkey.proto.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import requests
 
@@ -60,26 +62,29 @@ class TailscaleKeys:
     def mint(self, description: str, *, tag: str, ttl_s: int) -> tuple[str, Secret]:
         """The id and the key; CattleError when the answer is not a key as asked for, UnreachableError."""
         endpoint = require_safe(self.endpoint)
-        granted = _ask(
-            f"{endpoint}/api/v2/oauth/token",
-            form={"client_id": "clawdlets-ops", "client_secret": self.client_secret.reveal()},
-            verify=self.ca_file,
-        )
         asked = {"reusable": False, "ephemeral": True, "preauthorized": True, "tags": [tag]}
         body = {
             "capabilities": {"devices": {"create": asked}},
             "expirySeconds": ttl_s,
             "description": description[:50],
         }
-        made = _ask(
-            f"{endpoint}/api/v2/tailnet/-/keys",
-            token=str(granted.get("access_token", "")),
-            body=body,
-            verify=self.ca_file,
-        )
+        made = _ask(f"{endpoint}/api/v2/tailnet/-/keys", token=self._access(), body=body, verify=self.ca_file)
         got = ((made.get("capabilities") or {}).get("devices") or {}).get("create") or {}
         wrong = [name for name, value in asked.items() if got.get(name) != value]
         return _checked(made.get("id"), made.get("key"), wrong, made.get("expires"), ttl_s, self.now(), endpoint)
+
+    def revoke(self, key_id: str) -> None:
+        """The key is good for nothing any more, also when there is none with this id; CattleError, UnreachableError."""
+        url = f"{require_safe(self.endpoint)}/api/v2/tailnet/-/keys/{quote(key_id, safe='')}"
+        _ask(url, method="DELETE", token=self._access(), verify=self.ca_file)
+
+    def _access(self) -> str:
+        granted = _ask(
+            f"{require_safe(self.endpoint)}/api/v2/oauth/token",
+            form={"client_id": "clawdlets-ops", "client_secret": self.client_secret.reveal()},
+            verify=self.ca_file,
+        )
+        return str(granted.get("access_token", ""))
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,11 @@ class HeadscaleKeys:
         wrong = [name for name, value in asked.items() if got[name] != value]
         return _checked(made.get("id"), made.get("key"), wrong, made.get("expiration"), ttl_s, self.now(), endpoint)
 
+    def revoke(self, key_id: str) -> None:
+        """The key is good for nothing any more, also when there is none with this id; CattleError, UnreachableError."""
+        url = f"{require_safe(self.endpoint)}/api/v1/preauthkey/expire"
+        _ask(url, token=self.api_key.reveal(), body={"id": key_id}, verify=self.ca_file)
+
 
 def _checked(
     key_id: Any, key: Any, wrong: list[str], expires: Any, ttl_s: int, now: datetime, endpoint: str
@@ -136,12 +146,14 @@ def _checked(
 def _ask(
     url: str,
     *,
+    method: str = "",
     token: str = "",
     body: Mapping[str, Any] | None = None,
     form: Mapping[str, str] | None = None,
     verify: Path | None = None,
 ) -> dict[str, Any]:
-    """One request; nothing of it, and nothing of the answer's text, gets into an error."""
+    """One request; nothing of it, and nothing of the answer's text, gets into an error. A deletion answers with nothing,
+    and of what is not there it is no fault."""
     headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     place = url.partition("?")[0]
     try:
@@ -149,7 +161,7 @@ def _ask(
         with requests.Session() as session:
             session.trust_env = False
             answer = session.request(
-                "GET" if body is None and form is None else "POST",
+                method or ("GET" if body is None and form is None else "POST"),
                 url,
                 headers=headers,
                 json=body,
@@ -158,6 +170,8 @@ def _ask(
                 allow_redirects=False,
                 verify=True if verify is None else str(verify),
             )
+        if method == "DELETE" and answer.status_code in (200, 204, 404):
+            return {}
         found = answer.json() if answer.status_code == 200 else None
     except ValueError:
         raise CattleError("answered with something else than JSON", where=place) from None

@@ -20,6 +20,7 @@ from clawdlets_ops.cattle.reap import Reaper
 from clawdlets_ops.cattle.spawn import Spawner
 from clawdlets_ops.cattle.userdata import PersonaFile
 from clawdlets_ops.cloud import Server
+from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.herd import Cattle
 from clawdlets_ops.hetzner import HetznerCloud
@@ -71,14 +72,21 @@ def payload(message: str = "say hello", **changes: Any) -> dict[str, Any]:
 
 @dataclass
 class OneKey:
-    """Stands in for the desk that mints keys; counts what it gave."""
+    """Stands in for the desk that mints keys; counts what it gave, and what was taken back. ``fault``: taking back fails."""
 
     given: list[str] = field(default_factory=list)
+    revoked: list[str] = field(default_factory=list)
+    fault: ClawdletsError | None = None
 
     def mint(self, name: str, *, ttl_s: int) -> AuthKey:
         del ttl_s
         self.given.append(name)
-        return AuthKey(Secret(AUTH_KEY, "tailnet auth key"))
+        return AuthKey(Secret(AUTH_KEY, "tailnet auth key"), f"k{len(self.given)}")
+
+    def revoke(self, key_id: str) -> None:
+        if self.fault is not None:
+            raise self.fault
+        self.revoked.append(key_id)
 
 
 class Spy:

@@ -32,12 +32,20 @@ class KeyDesk(Protocol):
         """A key for the machine of this name; CattleError, UnreachableError."""
         ...
 
+    def revoke(self, key_id: str) -> None:
+        """Nobody joins with this key any more; CattleError, UnreachableError."""
+        ...
+
 
 class Mints(Protocol):
     """What a tailnet's API does (``tailscale_api``)."""
 
     def mint(self, description: str, *, tag: str, ttl_s: int) -> tuple[str, Secret]:
         """The id and the key: ephemeral, tagged, for one use, for ``ttl_s`` seconds."""
+        ...
+
+    def revoke(self, key_id: str) -> None:
+        """The key is good for nothing any more."""
         ...
 
 
@@ -53,6 +61,10 @@ class MintedKeys:
         key_id, secret = self.api.mint(name, tag=self.tag, ttl_s=ttl_s)
         return AuthKey(secret, key_id)
 
+    def revoke(self, key_id: str) -> None:
+        """What has joined with it stays."""
+        self.api.revoke(key_id)
+
 
 @dataclass(frozen=True)
 class StaticKey:
@@ -67,3 +79,6 @@ class StaticKey:
         if not secret:
             raise CattleError("is empty", where=STATIC)
         return AuthKey(secret, warning=STATIC_WARNING)
+
+    def revoke(self, key_id: str) -> None:
+        """It has no id: it is everybody's, and an operator's to replace."""

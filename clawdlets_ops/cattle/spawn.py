@@ -3,6 +3,7 @@
 What is about to be done is written down first (``context.remember``), under these keys of the job's state:
 
 ``order``     name, order number, deadline, what is ordered: before anything else
+``keyId``     of the auth key that its machine was given and may not have used
 ``postedAt``  before the request that creates the server is sent; from here on there may be a server
 ``serverId``  when it is known
 ``goneAt``    when its deletion is certain
@@ -191,10 +192,10 @@ class Spawner:
         job = self._take_place(job, {**order, "at": context.clock()}, wanted, context)
         order = job.state["order"]
         firewall = self._firewall()
+        document = self._document(job, wanted, brand, cattle, context)
         last = CloudError("nothing is allowed to be ordered", where=name)
         for offer in wanted.offers:
             context.check()
-            document = self._document(job, wanted, brand, cattle, context)
             job = _as_now(job, context.remember(postedAt=context.clock(), order={**order, **_told(offer)}))
             try:
                 return self.cloud.order_server(
@@ -237,10 +238,12 @@ class Spawner:
             context.note(f"server {server.id} is of an earlier order, whose tokens are void")
             self._delete(server.id, job, context)
             raise Retry("a server of an earlier order had to go first", after_s=1.0)
+        self._void(job, context)
         raise Fatal(f"there is a server called {job.state['order']['name']} that is not this job's")
 
     def _forget(self, job: Job, context: Context) -> Job:
         """There is no server of this job, and none is on its way."""
+        self._void(job, context)
         return _as_now(job, context.remember(postedAt=None, order=None))
 
     def _take_place(self, job: Job, order: Mapping[str, Any], wanted: Wanted, context: Context) -> Job:
@@ -295,7 +298,10 @@ class Spawner:
         persona = cattle.personas[wanted.persona]
         name = job.state["order"]["name"]
         token_ttl_s = seconds(cattle.token_ttl)
+        self._void(job, context)
         key = self.keys.mint(name, ttl_s=seconds(cattle.tailnet.key_ttl))
+        if key.key_id:
+            context.remember(keyId=key.key_id)
         if key.warning:
             context.note(key.warning)
             log.warning("job %s: %s", job.job_id, key.warning)
@@ -357,7 +363,7 @@ class Spawner:
         return self._ended(job, context)
 
     def _ended(self, job: Job, context: Context) -> Json:
-        self.tokens.revoke(job.job_id)
+        self._void(job, context)
         task = context.task_result()
         if task is None:
             raise Fatal(f"server {job.state.get('serverId')} is gone, and sent no result")
@@ -379,9 +385,23 @@ class Spawner:
 
     # --- deleting ---
 
-    def _delete_all(self, job: Job, context: Context) -> None:
-        """Every server of the job is gone, also one that is still on its way; its tokens are void."""
+    def _void(self, job: Job, context: Context) -> None:
+        """What the job's machine was given is good for nothing any more: its tokens, and its auth key unless it has used it,
+        for who sends a result has joined."""
         self.tokens.revoke(job.job_id)
+        key_id = job.state.get("keyId")
+        if key_id is None or context.task_result() is not None:
+            return
+        try:
+            self.keys.revoke(str(key_id))
+        except ClawdletsError as error:
+            context.note(f"auth key {key_id} is not revoked, and runs out by itself: {error.what}")
+        else:
+            context.remember(keyId=None)
+
+    def _delete_all(self, job: Job, context: Context) -> None:
+        """Every server of the job is gone, also one that is still on its way; its tokens and its key are void."""
+        self._void(job, context)
         if job.state.get("postedAt") is None:
             return
         found = self._look(job)

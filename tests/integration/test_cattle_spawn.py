@@ -11,6 +11,7 @@ import pytest
 
 from clawdlets_ops.cattle import labels, userdata
 from clawdlets_ops.cattle.spawn import Spawner
+from clawdlets_ops.errors import UnreachableError
 from clawdlets_ops.orchestrator.jobs import Status
 from clawdlets_ops.sensitive import Secret
 from tests.cattle_desk import AUTH_KEY, Desk, Killed, herd, running_desk
@@ -252,6 +253,47 @@ def test_a_canceled_job_leaves_no_server_and_no_token(desk: Desk) -> None:
         desk.until(lambda: desk.job(job_id).status is Status.CANCELED)
     assert desk.servers() == ()
     assert desk.tokens.revoke(job_id) == 0
+    assert desk.keys.revoked == ["k1"]
+
+
+def test_an_auth_key_that_no_machine_has_used_is_revoked_and_one_that_joined_is_left(desk: Desk) -> None:
+    desk.fault("answer resource_unavailable POST /servers times=9")
+    refused = desk.enqueue()
+    assert desk.worker().run_one()
+    assert desk.cloud.calls.count("order_server") > 1
+    assert (len(desk.keys.given), desk.keys.revoked) == (1, ["k1"])  # one key, however many offers were tried
+    assert "keyId" not in {name for name, value in desk.job(refused).state.items() if value is not None}
+    desk.queue.cancel(refused)
+    desk.book.clear(None)
+    done = desk.enqueue()
+    let_run(desk, done)
+    assert desk.job(done).status is Status.DONE
+    assert (len(desk.keys.given), desk.keys.revoked) == (2, ["k1"])
+
+
+def test_the_key_of_a_worker_that_died_is_revoked_before_another_is_minted(desk: Desk) -> None:
+    job_id = desk.enqueue()
+    desk.cloud.before = die("order_server", "before")
+    with pytest.raises(Killed):
+        desk.worker("dies").run_one()
+    desk.cloud.before = lambda name: None
+    desk.end_lease(job_id)
+    let_run(desk, job_id)
+    assert (len(desk.keys.given), desk.keys.revoked) == (2, ["k1"])
+
+
+def test_a_key_that_cannot_be_revoked_is_told_and_keeps_no_job_from_its_end(desk: Desk) -> None:
+    desk.keys.fault = UnreachableError("does not answer", where="tailnet")
+    job_id = desk.enqueue()
+    with desk.working():
+        desk.until(lambda: "serverId" in desk.job(job_id).state)
+        desk.queue.cancel(job_id)
+        desk.until(lambda: desk.job(job_id).status is Status.CANCELED)
+    assert desk.servers() == ()
+    assert any(
+        "k1 is not revoked, and runs out by itself: does not answer" in event.message
+        for event in desk.queue.events(job_id)
+    )
 
 
 def test_a_job_whose_time_is_up_leaves_no_server(desk: Desk) -> None:

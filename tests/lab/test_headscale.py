@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from clawdlets_ops.lab.addressing import Addressing
-from clawdlets_ops.lab.headscale import Programs, RealTailnet, node_environment, up_words
-from clawdlets_ops.lab.network import Network
+from clawdlets_ops.lab.headscale import CATTLE_TAG, Programs, RealTailnet, login_server, node_environment, up_words
+from clawdlets_ops.lab.network import Network, in_namespace
 from clawdlets_ops.lab.processes import Group, wait_until
 from clawdlets_ops.lab.registry import claim_number, release_number
 from clawdlets_ops.process import Background, Command, LocalRunner, Result, spawn
 from clawdlets_ops.sensitive import Secret
 from clawdlets_ops.tailnet import peers
+from clawdlets_ops.tailscale_api import HeadscaleKeys
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Programs.find(ROOT / ".cache" / "tools")
@@ -210,6 +211,29 @@ def test_a_restart_ends_a_node_that_joined_by_an_ephemeral_key_and_no_other(tail
     daemon.terminate()
     tailnet.node()
     assert wait_until(lambda: tailnet.state() == lasting, timeout_s=10)
+
+
+def test_a_key_that_was_revoked_lets_nobody_join_and_one_that_was_used_keeps_its_node(tailnet: Tailnet) -> None:
+    """What the orchestrator does with the keys of cattle, against headscale's own API."""
+    net, real = tailnet.network.net, tailnet.real
+    api = HeadscaleKeys(login_server(net), real.api_key(), "operator", real.certificate)
+
+    def mint() -> tuple[str, Secret]:
+        return in_namespace(net.internet_ns, lambda: api.mint("alpha", tag=CATTLE_TAG, ttl_s=600))
+
+    def revoke(ident: str) -> None:
+        in_namespace(net.internet_ns, lambda: api.revoke(ident))
+
+    tailnet.node()
+    ident, key = mint()
+    revoke(ident)
+    assert "authkey expired" in tailnet.join(key).tail()
+    ident, key = mint()
+    assert tailnet.join(key).ok
+    revoke(ident)
+    revoke(ident)
+    assert tailnet.state()[0] == "Running"
+    assert "alpha" in {node["given_name"] for node in real.nodes()}
 
 
 def test_a_tailnet_that_is_started_again_knows_its_nodes(tailnet: Tailnet) -> None:
