@@ -26,6 +26,7 @@ except ImportError:  # likewise
 
 _DFA_MEMORY_BYTES = 512 * 1024 * 1024  # a ceiling, reserved only as far as it is used; RE2 fails silently at it
 _NEEDLE_TRIGGER_BYTES = 10  # of each form; the whole is then searched for where this occurs
+_NEEDLE_START_BYTES = 24  # the same for hyperscan, which takes seconds to compile the whole forms of a fleet's secrets
 LONG_TRIGGER = rb"[A-Za-z0-9]{64}|[A-Za-z0-9+/]{43}="
 """In every match of a rule with ``long_run``."""
 
@@ -136,7 +137,7 @@ class HyperscanMatcher(Re2Matcher):
         for index, rule in enumerate(rules):
             kind = worded if rule.keywords or not rule.long_run else counting
             kind.append((rule.trigger or rule.pattern, index))
-        worded += [(_literal(form), len(rules)) for form in forms]
+        worded += [(_literal(start), len(rules)) for start in sorted({form[:_NEEDLE_START_BYTES] for form in forms})]
         self._databases = [_database(patterns) for patterns in (worded, counting) if patterns]
 
     def present(self, text: bytes) -> Sequence[int]:
