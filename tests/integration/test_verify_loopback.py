@@ -275,7 +275,7 @@ def test_an_answer_that_cannot_be_used_lets_nothing_pass(
     program = tmp_path / "facts"
     # The shell's forefathers are sudo and the session's own sshd, which is killed where the host goes away.
     find = 'SSHD_CHILD=$PPID; until grep -q "^Name:.sshd" /proc/$SSHD_CHILD/status; do SSHD_CHILD=$(awk "/^PPid/ {print \\$2}" /proc/$SSHD_CHILD/status); done'
-    program.write_text(f"#!/bin/sh\n{find}\n{words.replace(REAL, f'sh {root / PROFILE}/clawdlets-facts')}\n")
+    program.write_text(f"#!/bin/sh\n{find}\n{words.replace(REAL, f'bash {root / PROFILE}/clawdlets-facts')}\n")
     program.chmod(0o755)
     monkeypatch.setattr(evidence_module, "FACTS_TIMEOUT_S", 4.0 if lie == "never ends" else 120.0)
     evidence = HostEvidence({**expectation_for(door, root), "factsProgram": str(program)}, runner=RUNNER)

@@ -783,6 +783,7 @@ def test_nobody_but_the_operator_sees_the_node_and_then_nobody() -> None:
     ("check", "seed"),
     [
         ("UD-04", text_edit("metadata", "root open", "root closed")),
+        ("UD-04", text_edit("metadata", "bot-maren closed", "bot-maren untried")),
         ("EXP-07", lambda world: world["facts"]["sections"]["survivors"].update(text="")),
         ("EXP-10", text_edit("exposure-now", "armed=no", "armed=perhaps")),
         ("EGR-03", appended("mail-out", "root 2001:db8::1 unreachable")),

@@ -250,11 +250,13 @@ def test_workloads_do_not_reach_the_metadata_service(facts: dict[str, Any], obse
     tried = dict(line.split() for line in section(facts, "metadata").splitlines() if len(line.split()) == 2)
     others = sorted(user for user in tried if user != "root")
     seen = settle(
-        [f"{user} reaches the metadata service" for user in others if tried[user] != "closed"],
+        [f"{user} reaches the metadata service" for user in others if tried[user] not in ("closed", "untried")],
         f"{', '.join(others)} do not reach it; root does",
     )
     if tried.get("root") != "open":
         raise Unknown("root did not reach the metadata service either, so it proves nothing that others did not")
+    if missing := [user for user in others if tried[user] == "untried"]:
+        raise Unknown(f"nobody could try as {', '.join(missing)}")
     if not others:
         raise Unknown("nobody but root tried")
     observe(seen)
