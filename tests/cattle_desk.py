@@ -150,7 +150,7 @@ class Desk:
             settle_s=0.6,
             poll_s=0.02,
             look_s=0.02,
-            room_s=0.3,
+            room_s=30.0,
         )
         self.reaper = Reaper(
             host=HOST,

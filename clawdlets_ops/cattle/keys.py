@@ -82,3 +82,16 @@ class StaticKey:
 
     def revoke(self, key_id: str) -> None:
         """It has no id: it is everybody's, and an operator's to replace."""
+
+
+class NoKeys:
+    """Where cattle is not enabled: none is given, and what was given runs out by itself."""
+
+    def mint(self, name: str, *, ttl_s: int) -> AuthKey:
+        """CattleError."""
+        del ttl_s
+        raise CattleError("cattle is not enabled", where=name)
+
+    def revoke(self, key_id: str) -> None:
+        """CattleError: there is nobody to ask."""
+        raise CattleError("cattle is not enabled", where=key_id)

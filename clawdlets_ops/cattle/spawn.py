@@ -3,6 +3,7 @@
 What is about to be done is written down first (``context.remember``), under these keys of the job's state:
 
 ``order``     name, order number, deadline, what is ordered: before anything else
+``waitsSince`` since when there has been no room for it
 ``keyId``     of the auth key that its machine was given and may not have used
 ``postedAt``  before the request that creates the server is sent; from here on there may be a server
 ``serverId``  when it is known
@@ -29,9 +30,9 @@ from clawdlets_ops.cattle.keys import KeyDesk
 from clawdlets_ops.cattle.orders import Offer, Wanted, judge
 from clawdlets_ops.cattle.userdata import Parts, PersonaFile
 from clawdlets_ops.cloud import MANAGED_BY, MANAGER, Firewall, FirewallRule, Server
-from clawdlets_ops.errors import CattleError, ClawdletsError, CloudError, OutcomeUnknown
+from clawdlets_ops.errors import CattleError, ClawdletsError, CloudError, OutcomeUnknown, UnreachableError
 from clawdlets_ops.herd import Cattle, seconds
-from clawdlets_ops.orchestrator.jobs import Context, Fatal, Job, Json, Retry
+from clawdlets_ops.orchestrator.jobs import Context, Fatal, Job, Json, Later, Retry
 from clawdlets_ops.sensitive import Secret
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ FIREWALL: Final = "clawdlets-cattle"
 RULES: Final = (
     FirewallRule("in", "udp", "41641", ("0.0.0.0/0", "::/0"), "Tailscale, direct connections; nothing else comes in"),
 )
+OVERTIME_S: Final = 3600
+"""How long after its deadline an API that does not answer is asked about a job's server before the job fails."""
 GRACE_S: Final = 60
 """How long after its deadline a server is waited for before it is deleted by its job; the reaper does it by itself too."""
 MAX_EVENT_WAIT_S: Final = 5.0
@@ -109,12 +112,31 @@ class Spawner:
     settle_s: float = 45.0
     poll_s: float = 2.0
     look_s: float = 20.0
-    room_s: float = 900.0
+    room_s: float = 3600.0
     jitter: Callable[[], float] = randomness.random
     new_order: Callable[[], str] = field(default=lambda: secrets.token_hex(8))
 
     def __call__(self, job: Job, context: Context) -> Json:
-        """See the job's server through its life; the result of the job is what the task said, and when what happened."""
+        """See the job's server through its life; the result of the job is what the task said, and when what happened.
+
+        An API that does not answer a question costs no attempt: what is there is still there, and is asked about later, for
+        as long as the server may live, or ``room_s`` where there is none.
+        """
+        try:
+            return self._live(job, context)
+        except OutcomeUnknown:
+            raise
+        except (CloudError, UnreachableError) as error:
+            job = _as_now(job, context.remember())
+            posted = "postedAt" in job.state
+            deadline_s = job.state["order"]["deadline"] + OVERTIME_S if posted else job.created_at / 1000 + self.room_s
+            if context.clock() >= 1000 * deadline_s:
+                raise
+            if not posted:
+                context.remember(order=None)  # it takes nobody's place
+            raise Later(f"{error.where}: {error.what}", after_s=min(30.0, self.look_s)) from None
+
+    def _live(self, job: Job, context: Context) -> Json:
         job = _as_now(job, context.remember(attempt=job.attempt))
         if "goneAt" in job.state:  # the last worker died between the deletion and its word about it
             return self._ended(job, context)
@@ -231,6 +253,7 @@ class Spawner:
 
     def _after_clash(self, job: Job, context: Context, order: str) -> Server:
         """The name is taken: by an order of this same job that was on its way, or by somebody else."""
+        context.check()  # a worker that was away for long may look at what its successor has ordered
         for server in self._look(job):
             brand = labels.read(server.labels)
             if brand is not None and brand.order == order:
@@ -247,28 +270,24 @@ class Spawner:
         return _as_now(job, context.remember(postedAt=None, order=None))
 
     def _take_place(self, job: Job, order: Mapping[str, Any], wanted: Wanted, context: Context) -> Job:
-        """The job with its order written down, once there is room for it.
+        """The job with its order written down, if there is room for it; Later when there is none, Fatal when there was none
+        for ``room_s``. Nobody waits here: the worker is for others meanwhile.
 
         The caps hold across workers: everybody writes the order down before counting the others', so of two at once at
-        least one sees the other; who sees too many takes the order back and waits for a while that is not the other's.
+        least one sees the other; who sees too many takes the order back and comes again after a while that is not the
+        other's.
         """
-        said = ""
-        left_s = self.room_s
-        while True:
-            job = _as_now(job, context.remember(order=dict(order)))
-            full = self._full(job, wanted)
-            if full is None:
-                return job
-            if "postedAt" not in job.state:  # else what it may have made still counts
-                job = self._forget(job, context)
-            if left_s <= 0:
-                raise Retry(full, after_s=60.0)
-            if full != said:
-                context.note(f"waits for room: {full}")
-                said = full
-            pause = self.look_s * (0.5 + self.jitter())
-            context.sleep(pause)
-            left_s -= pause
+        job = _as_now(job, context.remember(order=dict(order)))
+        full = self._full(job, wanted)
+        if full is None:
+            return _as_now(job, context.remember(waitsSince=None))
+        if "postedAt" not in job.state:  # else what it may have made still counts
+            job = self._forget(job, context)
+        since = int(job.state.get("waitsSince", context.clock()))
+        if not 0 <= context.clock() - since < self.room_s * 1000:
+            raise Fatal(f"there was no room for {self.room_s:.0f} s: {full}")
+        context.remember(waitsSince=since)
+        raise Later(f"waits for room: {full}", after_s=self.look_s * (0.5 + self.jitter()))
 
     def _full(self, job: Job, wanted: Wanted) -> str | None:
         """Why there is no room. What counts is every server with our labels, whatever its power (one that is off is paid
@@ -326,9 +345,11 @@ class Spawner:
         )
         try:
             document = userdata.render(parts)
+            faults = userdata.judge(document.reveal(), never=self.never(), parts=parts)
         except CattleError as error:
-            raise Fatal(str(error).replace("\n", " ")) from None
-        if faults := userdata.judge(document.reveal(), never=self.never(), parts=parts):
+            faults = [str(error).replace("\n", " ")]
+        if faults:
+            self._void(_as_now(job, context.remember()), context)
             raise Fatal(f"the user data is not sent: {'; '.join(faults)}")
         return document
 
@@ -339,6 +360,7 @@ class Spawner:
         runs, and rarely then: the result comes to us, and 3600 requests an hour are for everything in the project."""
         deadline_ms = int(job.state["order"]["deadline"]) * 1000
         looked: int | None = None
+        said = ""
         while True:
             context.check()
             if context.task_result() is not None:
@@ -349,7 +371,14 @@ class Spawner:
                 break
             if looked is None or "runningAt" not in job.state or context.clock() - looked >= self.look_s * 1000:
                 looked = context.clock()
-                seen = self.cloud.server_by_id(server.id)
+                try:
+                    seen = self.cloud.server_by_id(server.id)
+                except CloudError as error:  # it works on, and its result comes to us
+                    if error.what != said:
+                        said = error.what
+                        context.note(f"what has become of server {server.id} is not known: {said}")
+                    context.sleep(self.poll_s)
+                    continue
                 if seen is None:
                     break
                 if seen.status == "running":
@@ -423,6 +452,7 @@ class Spawner:
             brand = labels.read(seen.labels)
             if brand is None or brand.job_id != job.job_id:
                 raise Fatal(f"server {server_id} does not carry this job's labels any more: it is left alone")
+            context.check()
             try:
                 self.cloud.delete_server(server_id)
             except CloudError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from clawdlets_ops.cattle import personas
-from clawdlets_ops.cattle.keys import STATIC, KeyDesk, MintedKeys, StaticKey
+from clawdlets_ops.cattle.keys import STATIC, KeyDesk, MintedKeys, NoKeys, StaticKey
 from clawdlets_ops.cattle.orders import judge, judge_reap
 from clawdlets_ops.cattle.reap import Reaper, Seen
 from clawdlets_ops.cattle.spawn import Spawner
@@ -17,7 +17,7 @@ from clawdlets_ops.errors import OrchestratorError
 from clawdlets_ops.herd import Cattle, secrets_of
 from clawdlets_ops.hetzner import HetznerCloud
 from clawdlets_ops.orchestrator.daemon import DATABASE_URL, Config, Parts, Work
-from clawdlets_ops.orchestrator.jobs import FINISHED, FieldError, Job, Kind, Status
+from clawdlets_ops.orchestrator.jobs import FINISHED, Context, Fatal, FieldError, Job, Json, Kind, Status
 from clawdlets_ops.orchestrator.queue import NoSuchJob, Queue
 from clawdlets_ops.orchestrator.tokens import Grant, Purpose, Tokens
 from clawdlets_ops.orchestrator.vending import Needs, SecretFiles
@@ -103,6 +103,22 @@ def spawn_kind(spawner: Spawner, cattle: Cattle) -> Kind:
     )
 
 
+def ending_kind(spawner: Spawner) -> Kind:
+    """``cattle.spawn`` where cattle is not enabled any more: nothing new, and what was begun is deleted and fails."""
+
+    def validate(payload: Mapping[str, Any], requester: str) -> Sequence[FieldError]:
+        del payload, requester
+        return [FieldError("kind", "cattle is not enabled")]
+
+    def end(job: Job, context: Context) -> Json:
+        spawner.clean_up(job, context)
+        raise Fatal("cattle is not enabled any more")
+
+    return Kind(
+        SPAWN, validate=validate, handler=end, clean_up=spawner.clean_up, max_attempts=MAX_ATTEMPTS, lease_s=LEASE_S
+    )
+
+
 def reap_kind(reaper: Reaper) -> Kind:
     """``cattle.reap``: for operators, and for the timer."""
 
@@ -116,7 +132,7 @@ def reap_kind(reaper: Reaper) -> Kind:
 def make_work(parts: Parts) -> Work:
     """What the orchestrator does for cattle, as its configuration says; OrchestratorError when a secret is missing."""
     config, cattle = parts.config, parts.config.cattle
-    if not cattle.enabled or cattle.host is None:
+    if cattle.host is None or not (cattle.enabled or parts.secrets.get(HCLOUD_TOKEN)):
         return Work()
     cloud = cloud_of(_needed(parts.secrets, HCLOUD_TOKEN), config.hcloud_endpoint)
     spawner = Spawner(
@@ -125,13 +141,15 @@ def make_work(parts: Parts) -> Work:
         files=partial(personas.read, Path(config.personas)),
         cloud=cloud,
         tokens=JobTokens(parts.tokens, lambda: cattle),
-        keys=key_desk(cattle, config, parts.secrets),
+        keys=key_desk(cattle, config, parts.secrets) if cattle.enabled else NoKeys(),
         unfinished=lambda: unfinished(parts.queue),
         base_url=parts.bootstrap_url,
         never=lambda: never_sent(cattle, parts.secrets),
         authorized_keys=config.authorized_keys,
     )
     reaper = Reaper(host=cattle.host, cloud=cloud, jobs=lambda ids: seen(parts.queue, ids), clock=parts.clock)
+    if not cattle.enabled:
+        return Work(kinds=(ending_kind(spawner), reap_kind(reaper)), periodic={REAP: REAP_EVERY_S})
 
     def look(grant: Grant) -> Needs:
         persona = cattle.personas.get(str(parts.queue.get(grant.job_id).payload.get("persona")))

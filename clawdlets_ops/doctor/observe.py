@@ -132,13 +132,16 @@ def _cattle(project: Project | Wrong, cloud_of: Callable[[Project], Cloud]) -> t
     """One GET for each 50 servers of the project."""
     if isinstance(project, Wrong):
         return Blind(project.why)
-    if not project.fleet.cattle.enabled:
-        return ()
+    enabled = project.fleet.cattle.enabled
 
     def ask() -> tuple[Server, ...]:
         asked = cloud_of(project)
         if not isinstance(asked, ListsServers):
+            if not enabled:
+                return ()
             raise CloudError("this client cannot list servers")
+        if not enabled:
+            return asked.servers_with({CATTLE: "true"})
         every = asked.servers_with({})
         return tuple(one for one in every if CATTLE in one.labels or one.name.startswith("cattle-"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from clawdlets_ops.cattle.labels import missing
+from clawdlets_ops.cattle.labels import ORCHESTRATOR, missing
 from clawdlets_ops.doctor.bench import TOOLS, Tool
 from clawdlets_ops.doctor.judging import Verdict, beside, failed, passed, settled, unknown, without
 from clawdlets_ops.doctor.snapshot import (
@@ -306,16 +306,27 @@ def labels_are_complete(snapshot: Snapshot) -> Iterator[Verdict]:
 
 
 def cattle_labels_are_complete(snapshot: Snapshot) -> Iterator[Verdict]:
-    """CAT-02: what lacks a label is never deleted by us, so it is paid for until somebody does it by hand."""
-    if (without_cattle := _no_cattle(snapshot)) is not None:
-        yield without_cattle
+    """CAT-02: what lacks a label is never deleted by us, and what nobody is there to reap neither: it is paid for until
+    somebody does it by hand."""
+    if isinstance(snapshot.fleet, Wrong):
+        yield unknown("the fleet file is not acceptable (FLT-01)")
         return
-    found = snapshot.cattle
+    found, declared = snapshot.cattle, snapshot.fleet.cattle
     if found is None or isinstance(found, Blind):
-        yield unknown(found.why if found else "the API was not asked")
+        why = found.why if found else "the API was not asked"
+        yield unknown(why) if declared.enabled or found else beside("cattle is not enabled in the fleet file")
+        return
+    if not declared.enabled:
+        left = [f"{one.name} (id {one.id}) is there, and cattle is not enabled: nobody reaps it" for one in found]
+        yield settled(left, "") if left else beside("cattle is not enabled in the fleet file")
         return
     faults = [
         f"{one.name} (id {one.id}) has no proper {', '.join(lacks)}" for one in found if (lacks := missing(one.labels))
+    ]
+    faults += [
+        f"{one.name} (id {one.id}) is of the orchestrator of {whose}, which is not cattle.host"
+        for one in found
+        if (whose := one.labels.get(ORCHESTRATOR, declared.host)) != declared.host
     ]
     off = sum(one.status == "off" for one in found)
     paid = f"; {off} of them are switched off, and are paid for" if off else ""

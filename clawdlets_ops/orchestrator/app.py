@@ -35,6 +35,7 @@ PROTOCOL = 1
 BODY_BYTES = 262_144
 LIST_DEFAULT = 50
 LIST_MAX = 500
+NESTING_MAX = 64
 LIST_RESULTS_BYTES = 262_144
 """How much of a list may be results: a client reads an answer in one piece, and with a bound (``client``)."""
 PRIORITY_MAX = 100
@@ -294,7 +295,19 @@ async def read_object(request: Request, limit: int) -> dict[str, Json]:
         raise Answer(400, f"invalid JSON body: {str(error)[:120]}") from None
     if not isinstance(value, dict):
         raise Answer(400, "invalid JSON body: it must be an object")
+    if parts.count(b"[") + parts.count(b"{") > NESTING_MAX and _nests_deeper(value, NESTING_MAX):
+        raise Answer(400, f"invalid JSON body: it nests deeper than {NESTING_MAX}")
     return value
+
+
+def _nests_deeper(value: Json, levels: int) -> bool:
+    """Whether there are more than ``levels`` objects and arrays in one another. What is read here is written again with more
+    around it, and must not be what the writer's own bound refuses."""
+    layer = [value]
+    for _ in range(levels):
+        layer = [one for parent in layer for one in (parent.values() if isinstance(parent, dict) else parent)]
+        layer = [one for one in layer if isinstance(one, dict | list)]
+    return bool(layer)
 
 
 def summary(job: Job) -> dict[str, Json]:

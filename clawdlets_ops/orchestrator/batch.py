@@ -169,6 +169,7 @@ def _described(error: BaseException, where: str) -> StoreError:
     if state.startswith("53"):  # insufficient resources, postgresql.org/docs: errcodes
         return StoreError("PostgreSQL has no room", where=where, fix="free space on its disk", reason="full")
     kind = type(orig).__name__
-    if kind in ("OperationalError", "InterfaceError") or disconnected:
+    # SQLITE_ERROR: a statement that is none, which the driver calls operational too
+    if (kind in ("OperationalError", "InterfaceError") or disconnected) and name != "SQLITE_ERROR":
         return StoreError("the database does not answer", where=where, fix="is PostgreSQL up?", reason="unreachable")
     return StoreError(f"the database refused ({kind} {state or name})".rstrip(), where=where, reason="refused")

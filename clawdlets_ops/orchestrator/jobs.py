@@ -103,6 +103,11 @@ class Retry(Exception):
         super().__init__(message)
 
 
+class Later(Retry):
+    """As Retry, and the attempt does not count: nothing was tried, or what was begun stands and is seen to later. Who raises it
+    bounds for how long."""
+
+
 class Fatal(Exception):
     """A handler will never be able to do it; the job fails at once."""
 
@@ -147,7 +152,7 @@ class Context(Protocol):
 
 
 class Handler(Protocol):
-    """Does the work; what it returns (JSON) is the job's result. Retry, Fatal, Canceled and LeaseLost mean what they say;
+    """Does the work; what it returns (JSON) is the job's result. Retry, Later, Fatal, Canceled and LeaseLost mean what they say;
     any other exception is tried again while there are attempts, and only its type is told to the bot."""
 
     def __call__(self, job: Job, context: Context) -> Json: ...

@@ -10,7 +10,6 @@ The clock is passed in. Several workers share one SQLite file through one proces
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from enum import Enum
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, RowMapping
+from sqlalchemy.engine import Connection
 
 from clawdlets_ops.orchestrator.batch import Operation, Refusal, Row
 from clawdlets_ops.orchestrator.jobs import (
@@ -35,12 +34,24 @@ from clawdlets_ops.orchestrator.jobs import (
     backoff_ms,
     compact,
 )
+from clawdlets_ops.orchestrator.rows import (
+    IDEMPOTENCY_WINDOW_MS,
+    bound_to_key,
+    bury,
+    change,
+    digest,
+    due,
+    finish,
+    held,
+    job_of,
+    lease_ran_out,
+    row_of,
+    used_up,
+    write_event,
+)
 from clawdlets_ops.orchestrator.store import Ids, Store, events, jobs
 
-IDEMPOTENCY_WINDOW_MS = 24 * 3600 * 1000
 KEEP_MS = 7 * 24 * 3600 * 1000
-JUMP_GUARD_MS = LEASE_MAX_S * 1000 + 60_000
-"""A lease further in the future than this was given before the clock was set back, and has run out."""
 ERROR_CHARS = 500
 
 
@@ -127,12 +138,12 @@ class Queue:
             "job_id": job_id,
             "kind": kind,
             "payload_json": compact(payload),
-            "payload_digest": _digest(kind, payload) if idempotency_key else "",
+            "payload_digest": digest(kind, payload) if idempotency_key else "",
             "requester": requester,
             "idempotency_key": idempotency_key,
             "status": Status.QUEUED.value,
             "priority": priority,
-            "run_at": now if run_at is None else run_at,
+            "run_at": now if run_at is None else max(now, run_at),
             "created_at": now,
             "updated_at": now,
             "attempt": 0,
@@ -143,7 +154,7 @@ class Queue:
 
         def checked(connection: Connection) -> str | None:
             if idempotency_key:
-                same = _bound_to_key(connection, requester, idempotency_key, now)
+                same = bound_to_key(connection, requester, idempotency_key, now)
                 if same is not None:
                     if same["payload_digest"] != row["payload_digest"]:
                         raise IdempotencyConflict(same["job_id"])
@@ -156,10 +167,10 @@ class Queue:
 
     def get(self, job_id: str, *, requester: str | None = None) -> Job:
         """The job; NoSuchJob also when it is another's and ``requester`` is named."""
-        row = self._store.read(lambda connection: _row(connection, job_id))
+        row = self._store.read(lambda connection: row_of(connection, job_id))
         if row is None or (requester is not None and row["requester"] != requester):
             raise NoSuchJob(job_id)
-        return _job(row)
+        return job_of(row)
 
     def list_jobs(
         self,
@@ -177,7 +188,7 @@ class Queue:
             query = query.where(jobs.c.status.in_([status.value for status in statuses]))
         if kinds:
             query = query.where(jobs.c.kind.in_(list(kinds)))
-        return self._store.read(lambda connection: [_job(row) for row in connection.execute(query).mappings()])
+        return self._store.read(lambda connection: [job_of(row) for row in connection.execute(query).mappings()])
 
     def events(self, job_id: str) -> list[Event]:
         """What happened to a job, in order. That it was asked for, its own row tells: a row less to be made durable."""
@@ -202,7 +213,7 @@ class Queue:
         now = self._clock()
 
         def operation(connection: Connection) -> None:
-            row = _row(connection, job_id, lock=True)
+            row = row_of(connection, job_id, lock=True)
             if row is None or (requester is not None and row["requester"] != requester):
                 raise NoSuchJob(job_id)
             if row["status"] in FINISHED:
@@ -216,8 +227,8 @@ class Queue:
                 changes = {"cancel_requested_at": now}
                 if row["status"] == Status.QUEUED:
                     changes["run_at"] = now
-            _change(connection, job_id, now, **changes)
-            _event(connection, job_id, now, "cancel", f"asked for by {by or row['requester']}", row["attempt"])
+            change(connection, job_id, now, **changes)
+            write_event(connection, job_id, now, "cancel", f"asked for by {by or row['requester']}", row["attempt"])
 
         self._store.write(operation)
 
@@ -231,19 +242,11 @@ class Queue:
         now = self._clock()
 
         def operation(connection: Connection) -> Job | None:
-            for spent in connection.execute(_spent(now)).mappings().all():
-                _bury(connection, spent, now)
-            due = sa.and_(
-                jobs.c.status == Status.QUEUED.value,
-                sa.or_(
-                    jobs.c.run_at <= now,
-                    # a retry is never put off further than the longest backoff: the clock was set back
-                    sa.and_(jobs.c.attempt > 0, jobs.c.run_at > now + BACKOFF_MAX_MS),
-                ),
-            )
+            for spent in connection.execute(used_up(now)).mappings().all():
+                bury(connection, spent, now)
             candidate = (
                 sa.select(jobs)
-                .where(sa.or_(due, _lease_ran_out(now)), jobs.c.attempt < jobs.c.max_attempts)
+                .where(sa.or_(due(now), lease_ran_out(now)), jobs.c.attempt < jobs.c.max_attempts)
                 .where(jobs.c.kind.in_(list(kinds)))
                 .order_by(jobs.c.priority.desc(), jobs.c.run_at, jobs.c.created_at, jobs.c.job_id)
                 .limit(1)
@@ -262,10 +265,10 @@ class Queue:
             }
             if row["status"] == Status.RUNNING:
                 message = f"the lease of {row['worker']} ran out"
-                _event(connection, row["job_id"], now, "expire", message, row["attempt"])
-            _change(connection, row["job_id"], now, **changes)
-            _event(connection, row["job_id"], now, "claim", worker, row["attempt"] + 1)
-            return _job({**row, **changes, "updated_at": now})
+                write_event(connection, row["job_id"], now, "expire", message, row["attempt"])
+            change(connection, row["job_id"], now, **changes)
+            write_event(connection, row["job_id"], now, "claim", worker, row["attempt"] + 1)
+            return job_of({**row, **changes, "updated_at": now})
 
         return self._store.write(operation)
 
@@ -275,7 +278,7 @@ class Queue:
         until = now + max(LEASE_MIN_S, min(lease_s, LEASE_MAX_S)) * 1000
 
         def operation(connection: Connection) -> Ack:
-            row = _held(connection, job)
+            row = held(connection, job)
             if row is None:
                 return Ack.LEASE_LOST
             connection.execute(jobs.update().where(jobs.c.job_id == job.job_id).values(lease_until=until))
@@ -288,11 +291,11 @@ class Queue:
         now = self._clock()
 
         def operation(connection: Connection) -> Mapping[str, Json] | None:
-            row = _held(connection, job)
+            row = held(connection, job)
             if row is None:
                 return None
             state = {**json.loads(row["state_json"]), **facts}
-            _change(connection, job.job_id, now, state_json=json.dumps(state, separators=(",", ":")))
+            change(connection, job.job_id, now, state_json=json.dumps(state, separators=(",", ":")))
             return state
 
         return self._store.write(operation)
@@ -301,7 +304,7 @@ class Queue:
         """An event of the job, for people."""
         now = self._clock()
         self._store.write(
-            lambda connection: _event(connection, job.job_id, now, "note", message[:ERROR_CHARS], job.attempt)
+            lambda connection: write_event(connection, job.job_id, now, "note", message[:ERROR_CHARS], job.attempt)
         )
 
     def complete(self, job: Job, result: Json) -> Ack:
@@ -309,14 +312,14 @@ class Queue:
         now = self._clock()
 
         def operation(connection: Connection) -> Ack:
-            row = _held(connection, job)
+            row = held(connection, job)
             if row is None:
                 return Ack.LEASE_LOST
             if row["cancel_requested_at"] is not None:
                 return Ack.CANCEL_REQUESTED
             text = None if result is None else json.dumps(result, separators=(",", ":"))
-            _finish(connection, job.job_id, now, Status.DONE, result_json=text, last_error="")
-            _event(connection, job.job_id, now, "ack", "", job.attempt)
+            finish(connection, job.job_id, now, Status.DONE, result_json=text, last_error="")
+            write_event(connection, job.job_id, now, "ack", "", job.attempt)
             return Ack.TAKEN
 
         return self._store.write(operation)
@@ -336,27 +339,34 @@ class Queue:
 
     def release(self, job: Job) -> Ack:
         """The worker is being stopped: the job is due again at once, and the attempt does not count."""
-        return self._requeue(job, "release", "the worker is being stopped", 0, job.attempt - 1)
+        return self._requeue(job, "release", "the worker is being stopped", None, job.attempt - 1)
 
-    def _requeue(self, job: Job, event: str, message: str, wait_ms: int, attempt: int) -> Ack:
+    def put_off(self, job: Job, why: str, *, after_ms: int) -> Ack:
+        """Nothing was tried: the job is due again after a while, and the attempt does not count."""
+        return self._requeue(job, "wait", why, max(0, min(after_ms, BACKOFF_MAX_MS)), job.attempt - 1)
+
+    def _requeue(self, job: Job, event: str, message: str, wait_ms: int | None, attempt: int) -> Ack:
+        """``wait_ms``: None is due whatever the clock says later. What a job waits for is an event once."""
         now = self._clock()
+        told = message[:ERROR_CHARS]
 
         def operation(connection: Connection) -> Ack:
-            if _held(connection, job) is None:
+            if held(connection, job) is None:
                 return Ack.LEASE_LOST
-            _change(
+            change(
                 connection,
                 job.job_id,
                 now,
                 status=Status.QUEUED.value,
-                run_at=now + wait_ms,
+                run_at=min(now, job.created_at) if wait_ms is None else now + wait_ms,
                 attempt=attempt,
-                last_error=message[:ERROR_CHARS] if event == "retry" else job.last_error,
+                last_error=job.last_error if event == "release" else told,
                 lease_id=None,
                 lease_until=None,
                 worker=None,
             )
-            _event(connection, job.job_id, now, event, message[:ERROR_CHARS], job.attempt)
+            if event != "wait" or told != job.last_error:
+                write_event(connection, job.job_id, now, event, told, job.attempt)
             return Ack.TAKEN
 
         return self._store.write(operation)
@@ -367,12 +377,12 @@ class Queue:
         text = json.dumps(result, separators=(",", ":"))
 
         def operation(connection: Connection) -> None:
-            row = _row(connection, job_id, lock=True)
+            row = row_of(connection, job_id, lock=True)
             if row is None:
                 raise NoSuchJob(job_id)
             if row["task_result_json"] is None:
-                _change(connection, job_id, now, task_result_json=text)
-                _event(connection, job_id, now, "result", f"{len(text.encode())} bytes", row["attempt"])
+                change(connection, job_id, now, task_result_json=text)
+                write_event(connection, job_id, now, "result", f"{len(text.encode())} bytes", row["attempt"])
 
         self._store.write(operation)
 
@@ -387,77 +397,16 @@ class Queue:
         now = self._clock()
 
         def operation(connection: Connection) -> Ack:
-            row = _held(connection, job)
+            row = held(connection, job)
             if row is None:
                 return Ack.LEASE_LOST
             asked = row["cancel_requested_at"] is not None
             ended = status or (Status.CANCELED if asked else Status.FAILED)
-            _finish(connection, job.job_id, now, ended, last_error=message[:ERROR_CHARS])
-            _event(connection, job.job_id, now, event, message[:ERROR_CHARS], job.attempt)
+            finish(connection, job.job_id, now, ended, last_error=message[:ERROR_CHARS])
+            write_event(connection, job.job_id, now, event, message[:ERROR_CHARS], job.attempt)
             return Ack.TAKEN
 
         return self._store.write(operation)
-
-
-def _digest(kind: str, payload: Mapping[str, Json]) -> str:
-    canonical = json.dumps([kind, payload], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _row(connection: Connection, job_id: str, *, lock: bool = False) -> RowMapping | None:
-    query = sa.select(jobs).where(jobs.c.job_id == job_id)
-    return connection.execute(query.with_for_update() if lock else query).mappings().first()
-
-
-def _held(connection: Connection, job: Job) -> RowMapping | None:
-    """The job's row, if ``job``'s lease is the one that counts. A lease that ran out counts until somebody else has it."""
-    query = sa.select(jobs).where(
-        jobs.c.job_id == job.job_id, jobs.c.lease_id == job.lease_id, jobs.c.status == Status.RUNNING.value
-    )
-    return connection.execute(query.with_for_update()).mappings().first()
-
-
-def _lease_ran_out(now: int) -> sa.ColumnElement[bool]:
-    return sa.and_(
-        jobs.c.status == Status.RUNNING.value,
-        sa.or_(jobs.c.lease_until <= now, jobs.c.lease_until > now + JUMP_GUARD_MS),
-    )
-
-
-def _spent(now: int) -> sa.Select[Any]:
-    query = sa.select(jobs).where(_lease_ran_out(now), jobs.c.attempt >= jobs.c.max_attempts)
-    return query.with_for_update(skip_locked=True)
-
-
-def _bury(connection: Connection, row: RowMapping, now: int) -> None:
-    """The last attempt's worker is gone: the job is dead, or canceled when that was asked for."""
-    message = f"the worker was lost in attempt {row['attempt']} of {row['max_attempts']}"
-    ended = Status.FAILED if row["cancel_requested_at"] is None else Status.CANCELED
-    _finish(connection, row["job_id"], now, ended, last_error=message)
-    _event(connection, row["job_id"], now, "dead", message, row["attempt"])
-
-
-def _change(connection: Connection, job_id: str, now: int, **values: Any) -> None:
-    connection.execute(jobs.update().where(jobs.c.job_id == job_id).values(updated_at=now, **values))
-
-
-def _finish(connection: Connection, job_id: str, now: int, status: Status, **values: Any) -> None:
-    _change(connection, job_id, now, status=status.value, finished_at=now, lease_id=None, lease_until=None, **values)
-
-
-def _event(connection: Connection, job_id: str, now: int, kind: str, message: str, attempt: int) -> None:
-    row = {"job_id": job_id, "at": now, "type": kind, "message": message, "attempt": attempt}
-    connection.execute(events.insert(), row)
-
-
-def _bound_to_key(connection: Connection, requester: str, key: str, now: int) -> RowMapping | None:
-    """The job that the key stands for; after a day the key is free again. A key from the future is of a clock set back."""
-    mine = sa.and_(jobs.c.requester == requester, jobs.c.idempotency_key == key)
-    row = connection.execute(sa.select(jobs).where(mine)).mappings().first()
-    if row is not None and row["created_at"] <= now - IDEMPOTENCY_WINDOW_MS:
-        connection.execute(jobs.update().where(mine).values(idempotency_key=""))
-        return None
-    return row
 
 
 def _within_caps(connection: Connection, kind: str, requester: str, mine: int | None, everyones: int | None) -> None:
@@ -470,29 +419,3 @@ def _within_caps(connection: Connection, kind: str, requester: str, mine: int | 
         raise TooMany(f"{requester} has {mine} unfinished {kind} jobs, which is the most")
     if everyones is not None and connection.execute(unfinished).scalar_one() >= everyones:
         raise TooMany(f"there are {everyones} unfinished {kind} jobs, which is the most")
-
-
-def _job(row: Mapping[str, Any] | RowMapping) -> Job:
-    return Job(
-        job_id=row["job_id"],
-        kind=row["kind"],
-        payload=json.loads(row["payload_json"]),
-        requester=row["requester"],
-        idempotency_key=row["idempotency_key"],
-        status=Status(row["status"]),
-        priority=row["priority"],
-        run_at=row["run_at"],
-        created_at=row["created_at"],
-        updated_at=row["updated_at"],
-        attempt=row["attempt"],
-        max_attempts=row["max_attempts"],
-        lease_id=row["lease_id"],
-        lease_until=row["lease_until"],
-        worker=row["worker"],
-        cancel_requested=row["cancel_requested_at"] is not None,
-        last_error=row["last_error"],
-        result=None if row["result_json"] is None else json.loads(row["result_json"]),
-        state=json.loads(row["state_json"]),
-        finished_at=row["finished_at"],
-        task_result=None if row["task_result_json"] is None else json.loads(row["task_result_json"]),
-    )

@@ -66,13 +66,21 @@ class _Whole:
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._head = b""
+        self.bodiless = False
+        """The answer has a head only: to HEAD."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
         """Send ``data`` and the head before it, or keep it when it is one."""
-        if not self._head and data.startswith(b"HTTP/1.1 ") and data.endswith(b"\r\n\r\n") and data[9:10] != b"1":
+        if (
+            not self._head
+            and not self.bodiless
+            and data.startswith(b"HTTP/1.1 ")
+            and data.endswith(b"\r\n\r\n")
+            and data[9:10] != b"1"
+        ):
             self._head = data
             return
         self._transport.write(self._head + data)
@@ -128,8 +136,9 @@ def bounded(bounds: Bounds) -> type[HttpToolsProtocol]:
             super().data_received(data)
             if self._refused or self.transport.is_closing():
                 return
-            if self._timer is None and not self._complete:
-                # a request that came in one piece, as most do, needs no timer at all
+            if self._timer is None and (not self._complete or self.cycle is None or self.cycle.response_complete):
+                # A request that came in one piece, as most do, needs no timer at all: it is being answered. What came when nothing
+                # is, and is no request yet, has ended uvicorn's own wait.
                 self._timer = self.loop.call_later(bounds.head_s if self._in_head else BODY_S, self._too_slow)
             if self._in_head and self._head_bytes > HEAD_BYTES:
                 self._refuse(b"431 Request Header Fields Too Large", b"the head of the request is too large")
@@ -142,6 +151,7 @@ def bounded(bounds: Bounds) -> type[HttpToolsProtocol]:
             self._in_head = False
             self._head_bytes = 0
             self._stop_timer()
+            cast(_Whole, self.transport).bodiless = self.parser.get_method() == b"HEAD"
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:

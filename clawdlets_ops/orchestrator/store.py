@@ -43,6 +43,8 @@ from clawdlets_ops.orchestrator.batch import (
 SCHEMA = 1
 BATCH = 256
 BUSY_TIMEOUT_MS = 5_000
+_OF_THE_STORE = frozenset({"busy", "full", "readonly", "io", "corrupt", "unreachable"})
+"""Reasons of a StoreError that have nothing to do with what was to be written."""
 QUICK_S = 0.05
 THREAD_FOR_S = 5.0
 """A commit that an event loop waited longer for than QUICK_S is the last one for a while: THREAD_FOR_S."""
@@ -281,12 +283,13 @@ class Store:
         self._committer.close()
 
     def _commit(self, batch: list[Asked]) -> list[Told]:
-        """One transaction for all; when one of them fails, one for each."""
+        """One transaction for all; when one of them fails, one for each, unless it is the store that fails: then none of them
+        has a chance, and each trying by itself would have all wait for all."""
         try:
             return self._committer.commit(batch)
         except BaseException as error:
-            if len(batch) == 1:
-                return [(batch[0][1], None, error)]
+            if len(batch) == 1 or (isinstance(error, StoreError) and error.reason in _OF_THE_STORE):
+                return [(waiter, None, error) for _, waiter in batch]
             return [told for one in batch for told in self._commit([one])]
 
 

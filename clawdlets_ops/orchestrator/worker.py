@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clawdlets_ops.errors import ClawdletsError, StoreError
-from clawdlets_ops.orchestrator.jobs import Canceled, Clock, Fatal, Job, Json, Kind, LeaseLost, Retry, Stopping
+from clawdlets_ops.orchestrator.jobs import Canceled, Clock, Fatal, Job, Json, Kind, Later, LeaseLost, Retry, Stopping
 from clawdlets_ops.orchestrator.queue import Ack, NoSuchJob, Queue
 
 log = logging.getLogger("clf.worker")
@@ -67,7 +67,7 @@ class LeaseContext:
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             self.check()
-            self.stopping.wait(min(left, 1.0))
+            (self.stopping.wait if not self.cleaning_up else time.sleep)(min(left, 1.0))
         self.check()
 
     def task_result(self) -> Json | None:
@@ -127,6 +127,8 @@ class Worker:
             log.warning("job %s: another worker has it now, attempt %d is given up", job.job_id, job.attempt)
         except Fatal as error:
             self._queue.fail(job, str(error), retry=False)
+        except Later as error:
+            self._queue.put_off(job, str(error), after_ms=int((error.after_s or 0) * 1000))
         except Retry as error:
             after_ms = None if error.after_s is None else int(error.after_s * 1000)
             self._queue.fail(job, str(error), after_ms=after_ms)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from clawdlets_ops.cattle import labels, reap, wiring
+from clawdlets_ops.cattle.keys import NoKeys
 from clawdlets_ops.cattle.labels import Brand
 from clawdlets_ops.errors import LabError
 from clawdlets_ops.lab.backend import StubBackend
 from clawdlets_ops.orchestrator.jobs import Status
+from clawdlets_ops.orchestrator.worker import Worker
 from clawdlets_ops.sensitive import Secret
 from tests.cattle_desk import HOST, Desk, Killed, running_desk
 
@@ -150,3 +153,18 @@ def test_where_the_api_stops_answering_nothing_is_said_to_be_gone(desk: Desk) ->
     deleted, faults = reap.apply(desk.cloud, found)
     assert deleted == []
     assert "whether it has is not known" in faults[0]
+
+
+def test_where_cattle_is_switched_off_what_runs_is_ended_and_nothing_new_begins(desk: Desk) -> None:
+    job_id = desk.enqueue()
+    desk.cloud.after = lambda name: (_ for _ in ()).throw(Killed()) if name == "order_server" else None
+    with pytest.raises(Killed):
+        desk.worker().run_one()
+    desk.cloud.after = lambda name: None
+    desk.end_lease(job_id)
+    assert len(desk.servers()) == 1
+    kind = wiring.ending_kind(replace(desk.spawner, keys=NoKeys()))
+    assert [fault.message for fault in kind.validate({}, "maren")] == ["cattle is not enabled"]
+    assert Worker(desk.queue, [kind], name="w", clock=desk.clock).run_one()
+    assert (desk.job(job_id).status, desk.job(job_id).last_error) == (Status.FAILED, "cattle is not enabled any more")
+    assert desk.servers() == ()

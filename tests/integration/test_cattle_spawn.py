@@ -14,7 +14,7 @@ from clawdlets_ops.cattle.spawn import Spawner
 from clawdlets_ops.errors import UnreachableError
 from clawdlets_ops.orchestrator.jobs import Status
 from clawdlets_ops.sensitive import Secret
-from tests.cattle_desk import AUTH_KEY, Desk, Killed, herd, running_desk
+from tests.cattle_desk import AUTH_KEY, HOST, Desk, Killed, herd, running_desk
 
 
 @pytest.fixture
@@ -232,6 +232,103 @@ def test_a_machine_at_work_costs_the_projects_request_budget_little(desk: Desk) 
         desk.until(lambda: desk.job(job_id).status is Status.DONE)
     assert desk.servers() == ()
     assert Spawner.look_s >= 20.0
+
+
+def test_an_api_that_does_not_answer_costs_a_machine_at_work_nothing(desk: Desk) -> None:
+    job_id = desk.enqueue()
+    with desk.working():
+        desk.until(lambda: "runningAt" in desk.job(job_id).state)
+        desk.fault("answer 503 GET /servers/*")
+        desk.until(lambda: any("is not known" in event.message for event in desk.queue.events(job_id)))
+        asked = len(desk.cloud.calls)
+        desk.until(lambda: len(desk.cloud.calls) > asked + 20)
+        assert (desk.job(job_id).status, desk.job(job_id).attempt) == (Status.RUNNING, 1)
+        desk.finish(job_id)
+        desk.until(lambda: "resultAt" in desk.job(job_id).state)
+        desk.book.clear(None)
+        desk.until(lambda: desk.job(job_id).status is Status.DONE)
+    assert desk.servers() == ()
+    assert desk.cloud.calls.count("order_server") == 1
+
+
+def test_an_api_that_does_not_answer_before_the_order_costs_no_attempt(desk: Desk) -> None:
+    desk.fault("answer 503 GET /servers")
+    desk.fault("answer 503 GET /firewalls")
+    job_id = desk.enqueue()
+    for _ in range(8):  # more often than there are attempts
+        desk.until(lambda: desk.worker().run_one())
+    assert (desk.job(job_id).status, desk.job(job_id).attempt) == (Status.QUEUED, 0)
+    desk.book.clear(None)
+    let_run(desk, job_id)
+    assert desk.job(job_id).status is Status.DONE
+
+
+def test_an_api_that_is_silent_for_too_long_is_a_failure(desk: Desk) -> None:
+    desk.fault("answer 503 GET /firewalls")
+    desk.fault("answer 503 GET /servers")
+    job_id = desk.enqueue()
+    assert desk.worker().run_one()
+    desk.clock._offset += 24 * 3_600_000
+    assert desk.worker().run_one()
+    assert (desk.job(job_id).status, desk.job(job_id).attempt) == (Status.QUEUED, 1)
+
+
+def test_who_waits_for_room_leaves_the_worker_to_others_and_gets_its_whole_time(desk: Desk) -> None:
+    first = desk.enqueue("otto")
+    with desk.working(1):
+        desk.until(lambda: "runningAt" in desk.job(first).state)
+        # one worker has the machine; another leases what has no room, and then is free for maren's
+        second, other = desk.enqueue("otto", ttl="1m"), desk.enqueue("maren")
+        free = desk.worker("free")
+        desk.until(lambda: free.run_one() and "waits for room" in desk.job(second).last_error)
+        desk.clock._offset += 120_000  # longer than it is to live
+        desk.finish(first)
+        desk.until(lambda: desk.job(first).status is Status.DONE)
+        for job_id in (other, second):
+            desk.until(lambda job_id=job_id: "runningAt" in desk.job(job_id).state)  # type: ignore[misc]
+            order = desk.job(job_id).state["order"]
+            assert order["deadline"] * 1000 >= desk.job(job_id).state["postedAt"] + 55_000
+            desk.finish(job_id)
+            desk.until(lambda job_id=job_id: desk.job(job_id).status is Status.DONE)  # type: ignore[misc]
+    assert len(desk.ever_made()) == 3
+
+
+def test_a_job_for_which_there_is_no_room_for_too_long_fails(desk: Desk) -> None:
+    desk.cattle = herd(maxInstances=1, maxPerBot=1)
+    other = labels.Brand(
+        HOST, "0f9c2a34-5b6d-4e7f-8a9b-0c1d2e3f4a5b", "0123456789abcdef", "rex", "otto", 3600, 2_000_000_000
+    )
+    desk.cloud._cloud.order_server(
+        "cattle-rex-1", image="debian-12", server_type="cx23", location="nbg1", labels=other.labels({}),
+        user_data=Secret("#cloud-config\n"), firewalls=(),
+    )  # fmt: skip
+    job_id = desk.enqueue()
+    assert desk.worker().run_one()
+    assert desk.job(job_id).attempt == 0
+    desk.clock._offset += 60_000
+    assert desk.worker().run_one()
+    assert desk.job(job_id).status is Status.FAILED
+    assert "there was no room for 30 s" in desk.job(job_id).last_error
+
+
+def test_a_worker_that_was_away_does_not_delete_its_successors_server(desk: Desk) -> None:
+    """Frozen between its word and its order for longer than its lease: the next one has ordered under the same name."""
+    job_id = desk.enqueue()
+
+    def away(name: str) -> None:
+        if name == "order_server":
+            desk.cloud.before = lambda name: None
+            desk.end_lease(job_id)
+            with desk.working():
+                desk.until(lambda: "runningAt" in desk.job(job_id).state)
+
+    desk.cloud.before = away
+    assert desk.worker("away").run_one()
+    (server,) = desk.servers()
+    assert server.id == desk.job(job_id).state["serverId"]
+    let_run(desk, job_id)
+    assert desk.job(job_id).status is Status.DONE
+    assert len(desk.ever_made()) == 1
 
 
 def test_a_server_that_is_switched_off_counts_and_its_job_ends(desk: Desk) -> None:

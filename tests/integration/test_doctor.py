@@ -259,16 +259,16 @@ FAULTS = [
     Fault("STO-05", _store),
     Fault("CAT-01", lambda p: setattr(p, "cloud", FakeCloud(servers=[server(purpose="canary")]))),
     Fault("CAT-02", lambda p: _cattle(p, "minted", without="clawdlets-ttl")),
+    Fault("CAT-02", lambda p: _cattle(p, "minted", of="beta")),
+    Fault("CAT-02", lambda p: _cattle(p, "minted", enabled=False)),
     Fault("UD-05", lambda p: _cattle(p, "static")),
 ]  # fmt: skip
 
 
-def _cattle(patient, key, without=""):
+def _cattle(patient, key, without="", of="alpha", enabled=True):
     alpha = {**HOST, "tailnet": {"mode": "tailscale"}}
-    patient.fleet(hosts={"alpha": alpha}, cattle={"enabled": True, "host": "alpha", "tailnet": {"key": key}})
-    brand = Brand(
-        "alpha", "0f9c2a34-5b6d-4e7f-8a9b-0c1d2e3f4a5b", "0123456789abcdef", "rex", "maren", 60, 1_800_000_000
-    )
+    patient.fleet(hosts={"alpha": alpha}, cattle={"enabled": enabled, "host": "alpha", "tailnet": {"key": key}})
+    brand = Brand(of, "0f9c2a34-5b6d-4e7f-8a9b-0c1d2e3f4a5b", "0123456789abcdef", "rex", "maren", 60, 1_800_000_000)
     labels = {name: value for name, value in brand.labels({}).items() if name != without}
     one = replace(server(), id=77, name="cattle-rex-0f9c2a345b6d", labels=labels)
     patient.cloud = FakeCloud(servers=[server(), one])

@@ -397,6 +397,53 @@ def test_an_endless_head_is_431(orchestrator: Process) -> None:
         assert raw.recv(65536).startswith(b"HTTP/1.1 431 ")
 
 
+def answered(raw: socket.socket) -> bytes:
+    raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    said = b""
+    while not said.endswith(b'{"ok":true}'):
+        said += raw.recv(65536)
+    return said
+
+
+def test_an_answer_to_head_comes_at_once_and_the_connection_stays(orchestrator: Process) -> None:
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.settimeout(3)
+        raw.connect(str(orchestrator.socket_path))
+        raw.sendall(b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert raw.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        assert answered(raw).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_an_empty_line_after_an_answer_does_not_hold_the_connection_for_ever(orchestrator: Process) -> None:
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.settimeout(20)
+        raw.connect(str(orchestrator.socket_path))
+        answered(raw)
+        raw.sendall(b"\r\n")
+        assert raw.recv(65536).startswith(b"HTTP/1.1 408 ")
+        assert raw.recv(65536) == b""
+
+
+def test_a_body_that_nests_deeply_is_refused(orchestrator: Process) -> None:
+    def nested(levels: int) -> dict[str, Any]:
+        inner: Any = []
+        for _ in range(levels - 3):  # body, payload and the innermost
+            inner = [inner]
+        return body(payload={"text": "x", "more": inner})
+
+    assert "nests deeper than 64" in str(orchestrator.ask_as(BOT, "POST", "/v1/jobs/enqueue", nested(65)).body)
+    assert "unknown field" in str(orchestrator.ask_as(BOT, "POST", "/v1/jobs/enqueue", nested(64)).body)
+
+
+def test_a_time_that_is_long_past_is_now(orchestrator: Process) -> None:
+    made = orchestrator.ask_as(BOT, "POST", "/v1/jobs/enqueue", body(runAt="0001-01-01T00:00:00+01:00"))
+    assert made.status == 200
+    listed = orchestrator.ask_as(OPERATOR, "GET", "/v1/jobs?limit=500")
+    assert listed.status == 200
+    (mine,) = [job for job in listed.body["jobs"] if job["jobId"] == made.body["jobId"]]
+    assert mine["runAt"] == mine["createdAt"]
+
+
 # --- start and stop, kills ---
 
 

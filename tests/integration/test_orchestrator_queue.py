@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from clawdlets_ops.orchestrator.jobs import (
     Fatal,
     Job,
     Kind,
+    Later,
     Retry,
     Status,
     Stopping,
     backoff_ms,
 )
 from clawdlets_ops.orchestrator.queue import (
-    IDEMPOTENCY_WINDOW_MS,
     KEEP_MS,
     Ack,
     IdempotencyConflict,
@@ -35,6 +36,7 @@ from clawdlets_ops.orchestrator.queue import (
     Queue,
     TooMany,
 )
+from clawdlets_ops.orchestrator.rows import IDEMPOTENCY_WINDOW_MS
 from clawdlets_ops.orchestrator.store import Store, open_sqlite
 from clawdlets_ops.orchestrator.worker import Worker
 
@@ -405,6 +407,31 @@ def test_a_locked_database_is_an_error_in_words_and_then_works_again(path: Path)
     store.close()
 
 
+def test_a_locked_database_keeps_nobody_waiting_for_the_others(path: Path) -> None:
+    """Many at once have one answer, after one wait."""
+    store = open_sqlite(path, busy_timeout_ms=200)
+    queue = Queue(store, HandClock())
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    commits = 0
+    real = store._committer.commit
+
+    def commit(batch: Any) -> Any:
+        nonlocal commits
+        commits += 1
+        return real(batch)
+
+    store._committer.commit = commit  # type: ignore[method-assign]
+    with store._turn:  # the writer waits, so that all are there
+        waiting = [store.submit(queue._asking("work", {}, requester="a")[1]) for _ in range(50)]
+    assert {future.exception().reason for future in waiting} == {"busy"}  # type: ignore[union-attr]
+    assert commits <= 2  # the first of them may have been alone
+    other.execute("ROLLBACK")
+    other.close()
+    assert queue.enqueue("work", {}, requester="a")
+    store.close()
+
+
 def test_a_full_disk_is_an_error_in_words_and_then_works_again(path: Path) -> None:
     """SQLite's own bound on pages answers as a full disk does (SQLITE_FULL)."""
     store = open_sqlite(path)
@@ -544,6 +571,61 @@ def test_a_worker_that_is_stopped_gives_the_job_back_uncounted(queue: Queue, clo
     worker.run_one()
     assert (queue.get(job_id).status, queue.get(job_id).attempt) == (Status.QUEUED, 0)
     assert leased(queue).job_id == job_id
+
+
+def test_a_job_that_can_only_be_put_off_costs_no_attempt_and_says_why_once(queue: Queue, clock: HandClock) -> None:
+    def handler(job: Job, context: Context) -> Any:
+        raise Later("there is no room", after_s=20)
+
+    worker = Worker(queue, [kind(handler)], name="w", clock=clock)
+    job_id = queue.enqueue("work", {}, requester="a", max_attempts=1)
+    for _ in range(5):
+        assert worker.run_one()
+        assert not worker.run_one()
+        job = queue.get(job_id)
+        assert (job.status, job.attempt, job.last_error) == (Status.QUEUED, 0, "there is no room")
+        assert job.run_at == clock.now + 20_000
+        clock.now += 20_000
+    assert [event.type for event in queue.events(job_id)].count("wait") == 1
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_clock_that_was_set_back_puts_off_nothing_that_was_due(queue: Queue, clock: HandClock, begun: bool) -> None:
+    job_id = queue.enqueue("work", {}, requester="a", max_attempts=1)
+    if begun:
+        clock.now += 600_000
+        job = leased(queue)
+        queue.remember(job, {"serverId": 7})
+        queue.release(job)
+    planned = queue.enqueue("work", {}, requester="a", run_at=clock.now + 7_200_000)
+    clock.now -= 3_600_000
+    assert leased(queue).job_id == job_id
+    assert queue.lease("w", LEASES) is None
+    assert queue.get(planned).status is Status.QUEUED
+
+
+def test_a_clean_up_while_the_worker_is_stopped_waits_where_it_says_so(queue: Queue, clock: HandClock) -> None:
+    beats: list[int] = []
+    worker: Worker
+
+    def clean_up(job: Job, context: Context) -> None:
+        worker.stopping.set()
+        context.sleep(0.5)
+
+    class Counting(Queue):
+        def heartbeat(self, job: Job, lease_s: int) -> Ack:
+            beats.append(1)
+            return super().heartbeat(job, lease_s)
+
+    counting = Counting(queue._store, clock)
+    job_id = counting.enqueue("work", {}, requester="a")
+    counting.remember(leased(counting), {"serverId": 7})
+    counting.cancel(job_id)
+    clock.now += 120_000
+    worker = Worker(counting, [replace(kind(lambda job, context: None), clean_up=clean_up)], name="w", clock=clock)
+    assert worker.run_one()
+    assert queue.get(job_id).status is Status.CANCELED
+    assert len(beats) <= 3
 
 
 def test_heartbeats_go_on_while_a_handler_takes_no_notice(queue: Queue, store: Store) -> None:
