@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from clawdlets_ops.errors import ClawdletsError, CloudError, SettingsError
 from clawdlets_ops.files import ensure_dir, read_private, write_atomic
-from clawdlets_ops.hetzner import Cloud, Firewall, FirewallRule
+from clawdlets_ops.hetzner import WINDOW_LABEL, Cloud, Firewall, FirewallRule
 from clawdlets_ops.layout import Layout
 
 ORDER, DECISION, CLOSING, WATCHDOG, LOG = (
@@ -25,7 +25,9 @@ class Order:
 
     ``rules`` and ``labels`` are put back on the firewall when ``deadline_s`` have passed since it was armed without a
     decision; for a lockdown also as soon as the operator's command is gone without one. ``ways`` are the host's tailnet
-    addresses, ``journal`` is the run's folder. ``closing`` says that the edge may have been changed already.
+    addresses, ``journal`` is the run's folder. ``closing`` says that the edge was otherwise already when this was taken: an
+    earlier lockdown had closed it and did not come to its end, or there is a window. It is part of the order, so that
+    there is no moment in which one is known without the other.
     """
 
     id: str
@@ -51,6 +53,12 @@ class Order:
     journal: str = ""
     until: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    closing: bool = False
+
+    @property
+    def opens(self) -> bool:
+        """Whether tcp/22 is open at the edge once its rules are back."""
+        return any(rule.covers_tcp(22) for rule in self.rules)
 
     def as_json(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -80,10 +88,8 @@ class Order:
 
 
 def write_order(layout: Layout, order: Order) -> None:
-    """Keep it, in the place of an earlier one with all that belonged to that."""
+    """Keep it, in the place of an earlier one, in one step: what else was said of that bears its id, and counts for no other."""
     folder = ensure_dir(ensure_dir(layout.runtime / "lockdown") / order.host)
-    for name in (DECISION, CLOSING, WATCHDOG):
-        (folder / name).unlink(missing_ok=True)
     write_atomic(folder / ORDER, json.dumps(order.as_json(), indent=1) + "\n")
 
 
@@ -106,6 +112,14 @@ def decide(layout: Layout, order: Order, decision: str) -> None:
     write_atomic(path, json.dumps({"id": order.id, "decision": decision}) + "\n")
 
 
+def keep_again(layout: Layout, order: Order, *, take_back: str) -> None:
+    """Have an earlier order stand again, since what was to take its place did not begin: undecided again, where
+    what was said of it is ``take_back``."""
+    if decision_of(layout, order) == take_back:
+        (layout.lockdown_dir(order.host) / DECISION).unlink(missing_ok=True)
+    write_order(layout, order)
+
+
 def decision_of(layout: Layout, order: Order) -> str:
     """How it ended; "" while nobody has said."""
     return str(_told(layout, order, DECISION).get("decision", ""))
@@ -117,8 +131,8 @@ def mark_closing(layout: Layout, order: Order) -> None:
 
 
 def may_be_closed(layout: Layout, order: Order) -> bool:
-    """Whether that was said."""
-    return bool(_told(layout, order, CLOSING))
+    """Whether that was said, or was so from the beginning."""
+    return order.closing or bool(_told(layout, order, CLOSING))
 
 
 def _told(layout: Layout, order: Order, name: str) -> Mapping[str, Any]:
@@ -148,8 +162,10 @@ def put_back(
 ) -> bool:
     """Have the firewall as the order has it, and wait until the server shows it applied; whether anything was changed.
 
-    What is there is looked at before each attempt: nothing is asked for twice that may have been done. CloudError after
-    ``within_s``, with what was seen last.
+    What is there is looked at before each attempt: nothing is asked for twice that may have been done. A window's label is
+    there before its rule and goes after it, once the server shows the rules applied: whoever reads it is the last clock.
+    This is the last resort, so whatever the API answers, it is asked again. CloudError after ``within_s``, with what was
+    seen last.
     """
     deadline = clock() + within_s
     changed, last = False, "nothing"
@@ -158,27 +174,37 @@ def put_back(
             firewall = cloud.firewall(order.firewall)
             if firewall is None or firewall.id != order.firewall_id:
                 raise CloudError(f"there is no firewall {order.firewall} with id {order.firewall_id}", where=order.host)
-            if not differs(firewall, order):
-                server = cloud.server(order.host)
-                status = server.firewalls.get(firewall.id, "not attached") if server else "without a server"
-                if status == "applied":
-                    return changed
+            other_rules = firewall.rules != tuple(sorted(order.rules))
+            other_labels = dict(firewall.labels) != dict(order.labels)
+            status = "" if other_rules else _status(cloud, order)
+            if status == "applied" and not other_labels:
+                return changed
+            if other_rules or other_labels:
+                last = "it was asked for, and the API does not show it"
+            if status not in ("", "applied"):
                 last = f"its rules are back, and it is {status}"
-            else:
-                changed, last = True, "it was asked for, and the API does not show it"
-                if dict(firewall.labels) != dict(order.labels):
-                    cloud.set_labels(firewall, order.labels)
-                if firewall.rules != tuple(sorted(order.rules)):
-                    cloud.set_rules(firewall, order.rules)
+            if other_labels and (status == "applied" or WINDOW_LABEL in order.labels):
+                changed = True
+                cloud.set_labels(firewall, order.labels)
+            if other_rules:
+                changed = True
+                cloud.set_rules(firewall, order.rules)
         except ClawdletsError as error:
             last = error.what
+        except Exception as error:  # an answer that python-hcloud stumbles over; its text may quote anything
+            last = f"the API's answer was not understood ({type(error).__name__})"
         if clock() >= deadline:
             raise CloudError(
                 f"not as before within {within_s:g} s: {last}",
                 where=f"firewall {order.firewall}",
-                fix=f"look at the project's console: tcp/22 should be open as in {ORDER} of the runtime dir",
+                fix=f"look at the project's console: its rules should be those in {ORDER} of the runtime dir",
             )
         sleep(order.poll_s)
+
+
+def _status(cloud: Cloud, order: Order) -> str:
+    server = cloud.server(order.host)
+    return server.firewalls.get(order.firewall_id, "not attached") if server else "without a server"
 
 
 def differs(firewall: Firewall, order: Order) -> bool:

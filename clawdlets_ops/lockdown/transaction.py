@@ -5,6 +5,10 @@ through OpenTofu and read it back → log in over the tailnet afresh → probe f
 (which ends old sessions and keeps the mode for good: the point of no return) → dismiss the watchdog → sign the report. At no
 time is a side closed that would not open by itself. A probe that could not look is *unknown*: the doors stay closed and the
 outcome says so, because closed and unproven is safer than open.
+
+An edge that is not as the order has it when this begins (an earlier lockdown died after closing it, or there is a window) counts
+as touched from the first moment: it is put back like one that was closed here. A window does not outlive a lockdown, also one
+that fails: its watchdog was sent away.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -100,7 +104,11 @@ class _Run:
     say: _Told
     journal: Path | None
     begun: list[str] = field(default_factory=list)
-    """Which sides may have been changed, in order: host, edge."""
+    """Which sides may have been changed by this run, in order: host, edge."""
+    earlier: edge.Order | None = None
+    """What was begun from here before this, may have changed the edge, and was not decided."""
+    over_window: bool = False
+    """Whether there was a breakglass window at the edge."""
 
     def close(self) -> LockdownOutcome:
         project, host, timing = self.project, self.host, self.timing
@@ -110,8 +118,16 @@ class _Run:
         proof = prove(project, host, inside, peer=peer, runner=self.runner, timing=timing, say=self.say)
         before = self._measure(addresses, "before")
         firewall = self._firewall()
-        order = self._order(firewall, addresses)
-        guard = watchdog.arm(project.layout, order, token=project.token, environ=project.environ)
+        earlier = edge.unfinished(project.layout, host)
+        self.earlier = earlier if earlier and edge.may_be_closed(project.layout, earlier) else None
+        self.over_window = _has_window(firewall)
+        order = self._order(firewall, addresses, confirmed=proof.account.closed_for_good)
+        try:
+            guard = watchdog.arm(project.layout, order, token=project.token, environ=project.environ)
+        except Exception as error:
+            if self._is_unguarded_window():
+                raise self._not_armed(error, order) from error
+            raise
         self.say(f"the watchdog is armed: process {guard.background.pid}, {timing.watchdog_s:g} s")
         try:
             self.begun.append("host")
@@ -120,9 +136,11 @@ class _Run:
             guard.check()
             edge.mark_closing(project.layout, order)
             self.begun.append("edge")
-            if WINDOW_LABEL in firewall.labels:  # OpenTofu's plan for a lockdown is about rules only
+            if self.over_window:
+                # OpenTofu's plan for a lockdown is about rules only; and the label is to go after the window's rule.
                 self.say("there is a breakglass window: it ends with this")
-                self.cloud.set_labels(firewall, order.labels)
+                rules = without_window(firewall.rules, self.declared)
+                edge.put_back(self.cloud, replace(order, rules=rules), within_s=timing.edge_s)
             within = provision.Within(timing.edge_s, timing.edge_s)
             provision.apply(
                 project, host, runner=self.runner, cloud=self.cloud, window_open=False, within=within, say=self.say
@@ -161,15 +179,15 @@ class _Run:
             )
         return firewall
 
-    def _order(self, firewall: Firewall, addresses: dict[int, str]) -> edge.Order:
+    def _order(self, firewall: Firewall, addresses: dict[int, str], *, confirmed: bool) -> edge.Order:
         """The rules to put back are those that are there; those of before where an earlier lockdown did not come to its
-        end and its watchdog is gone too; and never a window's."""
-        rules, labels = firewall.rules, dict(firewall.labels)
-        earlier = edge.unfinished(self.project.layout, self.host)
-        unfinished = earlier and earlier.kind == "lockdown" and edge.may_be_closed(self.project.layout, earlier)
+        end and its watchdog is gone too, unless the host had ``confirmed`` it: that was past the point of no return; and
+        never a window's."""
+        rules, labels, earlier = firewall.rules, dict(firewall.labels), self.earlier
         if (
             earlier
-            and unfinished
+            and earlier.kind == "lockdown"
+            and not confirmed
             and (earlier.firewall_id, earlier.server_id, earlier.endpoint)
             == (
                 firewall.id,
@@ -182,7 +200,7 @@ class _Run:
             )
             rules = earlier.rules
         labels.pop(WINDOW_LABEL, None)
-        return edge.Order(
+        order = edge.Order(
             id=secrets.token_hex(8),
             kind="lockdown",
             host=self.host,
@@ -205,6 +223,7 @@ class _Run:
             public=tuple(self.server.addresses.values()),
             journal=str(self.journal or ""),
         )
+        return replace(order, closing=edge.differs(firewall, order))
 
     def _still_on_trial(self, inside: ssh.Target, order: edge.Order) -> None:
         """A fresh login that finds our own trial: a host that was rebooted meanwhile is open again."""
@@ -216,30 +235,57 @@ class _Run:
                 where=self.host,
             )
 
+    def _is_unguarded_window(self) -> bool:
+        """Whether a window was opened from here, and nothing is on guard of it any more."""
+        window = self.earlier is not None and self.earlier.kind == "window"
+        return window and not watchdog.lives(self.project.layout, self.host)
+
+    def _not_armed(self, cause: Exception, order: edge.Order) -> LockdownError:
+        """Close such a window at the edge, where no other watchdog could be armed; returns the error that says so."""
+        try:
+            edge.put_back(self.cloud, order, within_s=min(UNDO_WITHIN_S, self.timing.restore_s))
+        except ClawdletsError as error:
+            return LockdownError(
+                f"{cause}\n  now: THE WINDOW COULD NOT BE CLOSED AT THE EDGE ({error.what}), and nothing will close it",
+                where=self.host,
+                fix=f"clawdlets close {self.host}",
+            )
+        if self.earlier is not None:
+            edge.decide(self.project.layout, self.earlier, watchdog.CLOSED)
+        return LockdownError(
+            f"{cause}\n  now: the breakglass window is closed at the edge, as its watchdog is gone; the host's own timer ends it"
+            " there",
+            where=self.host,
+        )
+
     def _undone(
         self, cause: ClawdletsError, order: edge.Order, guard: watchdog.Guard, addresses: dict[int, str]
     ) -> ClawdletsError:
         """Open edge and host again, as far as they were closed; returns the error that says how both stand now."""
         told: list[str] = []
-        if isinstance(cause, BusyError) and self.begun == ["host"]:
+        ours = order.closing and self.earlier is not None
+        if isinstance(cause, BusyError) and self.begun == ["host"] and not ours:
             guard.dismiss(watchdog.UNDONE)  # the host took nothing from us, and what there is is somebody else's
             return cause
         left_to_watchdog = False
-        if "edge" in self.begun:
+        word = "open" if order.opens else "closed"
+        if "edge" in self.begun or order.closing:
             try:
                 changed = edge.put_back(self.cloud, order, within_s=min(UNDO_WITHIN_S, self.timing.restore_s))
-                told.append("the edge is open again as it was" if changed else "the edge was not touched")
+                told.append(f"the edge is {word} again as it was" if changed else "the edge was not touched")
+                if self.over_window:
+                    told[-1] = f"the edge is {word}, and the breakglass window that was there is closed"
             except ClawdletsError as error:
                 left_to_watchdog = True
                 told.append(
-                    f"THE EDGE COULD NOT BE OPENED AGAIN ({error.what}); the watchdog goes on trying for"
-                    f" {self.timing.restore_s:g} s"
+                    f"THE EDGE COULD NOT BE {'OPENED' if order.opens else 'CLOSED'} AGAIN ({error.what}); the watchdog goes"
+                    f" on trying for {self.timing.restore_s:g} s"
                 )
         try:
             on_host.tell_by_any(on_host.ways_in(self.base, addresses, self.server), f"revert {order.owner}")
             told.append("the host's firewall is as before")
         except ClawdletsError as error:
-            within = f"within {self.timing.trial_s} s"
+            within = f"within {self.timing.trial_s} s" + (", or when its window was to end" if self.over_window else "")
             told.append(f"the host could not be reached to revert ({error.what}); it reverts by itself {within}")
         if not left_to_watchdog:
             try:
@@ -295,6 +341,12 @@ def without_window(rules: tuple[FirewallRule, ...], declared: Host) -> tuple[Fir
     """The rules without a breakglass window's; where nothing is left, those of the closed edge."""
     kept = tuple(rule for rule in rules if not rule.description.startswith(WINDOW_RULE))
     return kept or provision.edge_rules(declared, window_open=False)
+
+
+def _has_window(firewall: Firewall) -> bool:
+    """Whether a label says that there is a window, or a rule is one's."""
+    rules = any(rule.description.startswith(WINDOW_RULE) for rule in firewall.rules)
+    return rules or WINDOW_LABEL in firewall.labels
 
 
 def _open_as_declared(

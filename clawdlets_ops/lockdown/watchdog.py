@@ -80,9 +80,30 @@ def arm(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Guard:
-    """Start the watchdog of ``order``, and return once it says that it is armed; LockdownError. Nothing was changed then."""
-    dismiss_earlier(layout, order.host, clock=clock, sleep=sleep)
-    edge.write_order(layout, order)
+    """Start the watchdog of ``order``, and return once it says that it is armed; LockdownError. Nothing was changed then, and
+    an earlier order that nobody has decided stands again; its watchdog may be gone (``lives``)."""
+    earlier = edge.unfinished(layout, order.host)
+    edge.write_order(layout, order)  # first: at no time is an earlier order decided with none in its place
+    try:
+        dismiss_earlier(layout, order.host, earlier, clock=clock, sleep=sleep)
+        return _start(layout, order, token=token, environ=environ, clock=clock, sleep=sleep)
+    except Exception:
+        if earlier is None:
+            edge.decide(layout, order, UNDONE)
+        else:
+            edge.keep_again(layout, earlier, take_back=CLOSED)
+        raise
+
+
+def _start(
+    layout: Layout,
+    order: edge.Order,
+    *,
+    token: Secret,
+    environ: Mapping[str, str],
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> Guard:
     env = {key: environ[key] for key in process.INHERITED if key in environ}
     env["HCLOUD_TOKEN"] = token.reveal()
     env["PYTHONPATH"] = str(Path(__file__).parents[2])  # the same code as this, wherever the command was started
@@ -94,7 +115,6 @@ def arm(
     while state_of(layout, order).get("state") != "armed":
         if background.poll() is not None or clock() > deadline:
             background.terminate()
-            edge.decide(layout, order, UNDONE)
             raise LockdownError(
                 "the watchdog could not be armed; nothing was changed", where=order.host, fix=f"see {folder / edge.LOG}"
             )
@@ -105,14 +125,15 @@ def arm(
 def dismiss_earlier(
     layout: Layout,
     host: str,
+    earlier: edge.Order | None,
     *,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """See off the watchdog of what came before (a window that is to be closed now); LockdownError when it does not go."""
+    """See off the watchdog of what came before (a window that is to be closed now), whose order is ``earlier``; LockdownError
+    when it does not go."""
     if not lives(layout, host):
         return
-    earlier = edge.read_order(layout, host)
     if earlier is not None and not edge.decision_of(layout, earlier):
         edge.decide(layout, earlier, CLOSED)
     deadline = clock() + END_WITHIN_S
@@ -166,18 +187,20 @@ class Watch:
         if saw in (CONFIRMED, UNDONE, CLOSED):
             return f"the operator's command said {saw}", "nothing to do"
         if self.order.kind == "window":
-            return saw, self._restore("closed the edge again", "THE EDGE COULD NOT BE CLOSED AGAIN")
+            return saw, self._restore()
         if not edge.may_be_closed(self.layout, self.order):
             return saw, f"left the edge alone, which was not touched yet; {self.revert_host()}"
         account = self.look()
-        if account is not None and account.closed_for_good:
+        # Begun over a window, it has to close that whatever the host says: the edge is not closed by a host that is.
+        over_window = self.order.closing and not self.order.opens
+        if account is not None and account.closed_for_good and not over_window:
             edge.decide(self.layout, self.order, CONFIRMED)
             return f"{saw}; the host, over the tailnet, is closed for good", "left the edge closed"
         if account is None:
             told = "could not be asked over the tailnet"
         else:
             told = f"says {account.mode}, {'on trial' if account.armed else 'for good'}"
-        did = self._restore("opened the edge again", "THE EDGE COULD NOT BE OPENED AGAIN")
+        did = self._restore()
         return f"{saw}; the host {told}", f"{did}; {self.revert_host()}"
 
     def _wait(self) -> str:
@@ -194,7 +217,9 @@ class Watch:
                 return f"no word within {self.order.deadline_s:g} s"
             self.sleep(LOOK_S)
 
-    def _restore(self, done: str, failed: str) -> str:
+    def _restore(self) -> str:
+        word = "opened" if self.order.opens else "closed"
+        done, failed = f"{word} the edge again", f"THE EDGE COULD NOT BE {word.upper()} AGAIN"
         with ExitStack() as stack:
             try:  # an OpenTofu that outlived its command would close it once more
                 lock = self.layout.lock(f"provision-{self.order.host}")

@@ -166,13 +166,14 @@ def close_window(
         if firewall is None:
             raise LockdownError("its firewall is not there", where=host, fix="run the provision stage")
         _refuse_without_window(host, firewall)
+        earlier = edge.unfinished(project.layout, host)
+        _refuse_lockdown(host, earlier)
         labels = {name: value for name, value in firewall.labels.items() if name != WINDOW_LABEL}
         rules = provision.edge_rules(declared, window_open=False)
         order = _order_of(project, host, firewall, server, pin, rules, labels, timedelta(minutes=5), None, (), "")
         changed = edge.put_back(cloud, order, within_s=OPEN_WITHIN_S)
         say("the edge is closed, read back from the API" if changed else "the edge was closed already")
-        earlier = edge.unfinished(project.layout, host)
-        watchdog.dismiss_earlier(project.layout, host)
+        watchdog.dismiss_earlier(project.layout, host, earlier)
         if earlier is not None:
             edge.decide(project.layout, earlier, watchdog.CLOSED)
         addresses = on_host.tailnet_addresses(runner, host, declared)
@@ -216,6 +217,17 @@ def _refuse_without_window(host: str, firewall: Firewall) -> None:
         )
 
 
+def _refuse_lockdown(host: str, earlier: edge.Order | None) -> None:
+    """LockdownError when a lockdown did not come to its end: the rules that it goes back to would be forgotten, and its
+    watchdog sent away. One whose rules are the closed edge's (it was to end a window) wants what closing does. Pure."""
+    if earlier is not None and earlier.kind == "lockdown" and earlier.opens:
+        raise LockdownError(
+            f"a lockdown of {earlier.taken_at} did not come to its end, and this is no window; nothing was changed",
+            where=host,
+            fix=f"clawdlets lockdown --host {host}: it goes on from there",
+        )
+
+
 def _locked_firewall(project: Project, host: str, declared: Host, cloud: Cloud, server: Server) -> Firewall:
     if declared.ssh_exposure.mode != "tailnet":
         raise _not_locked(host, declared)
@@ -251,9 +263,10 @@ def _order(
         ways = tuple(on_host.tailnet_addresses(runner, host, declared).values())
     except ClawdletsError:  # this machine is off the tailnet itself
         ways = ()
+    rules = firewall.rules or provision.edge_rules(declared, window_open=False)  # no rules at all cannot be asked for
     return _order_of(
-        project, host, firewall, server, pin, firewall.rules, dict(firewall.labels), length, until, ways, str(journal or "")
-    )  # fmt: skip
+        project, host, firewall, server, pin, rules, dict(firewall.labels), length, until, ways, str(journal or "")
+    )
 
 
 def _order_of(

@@ -11,7 +11,7 @@ import pytest
 
 from clawdlets_ops.errors import CloudError, SettingsError
 from clawdlets_ops.files import locked
-from clawdlets_ops.hetzner import Firewall, FirewallRule, Server
+from clawdlets_ops.hetzner import WINDOW_LABEL, Firewall, FirewallRule, Server
 from clawdlets_ops.layout import Layout
 from clawdlets_ops.lockdown import HostAccount, edge, watchdog
 from clawdlets_ops.testing import FakeCloud
@@ -122,6 +122,22 @@ def test_an_edge_that_nobody_touched_is_left_alone(layout: Layout) -> None:
     assert not world.open  # as it was: somebody else's business
 
 
+def test_an_edge_that_was_closed_before_this_began_is_opened_though_nothing_was_touched_yet(layout: Layout) -> None:
+    world = World(layout, order(closing=True), gone=True, account=replace(LOCKED, kept="bootstrap"))
+    assert world.run()[1] == "opened the edge again; host told"
+    assert world.open
+
+
+@pytest.mark.parametrize("account", [None, ON_TRIAL, LOCKED])
+def test_a_window_that_a_lockdown_began_over_is_closed_whatever_the_host_says(
+    layout: Layout, account: HostAccount | None
+) -> None:
+    world = World(layout, order(closing=True, rules=(UDP,)), gone=True, account=account, rules=(SSH, UDP))
+    assert world.run()[1] == "closed the edge again; host told"
+    assert not world.open
+    assert edge.unfinished(layout, "alpha") is None
+
+
 def test_a_window_closes_at_its_deadline_and_not_when_its_command_ends(layout: Layout) -> None:
     world = World(layout, order(kind="window", rules=(UDP,)), gone=True, rules=(SSH, UDP))
     said, did = world.run()
@@ -156,7 +172,7 @@ def test_rules_are_asked_for_only_where_they_differ(layout: Layout) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("nothing differs")
 
-    world.cloud.set_rules = refuse  # type: ignore[method-assign]
+    world.cloud.set_rules = refuse  # type: ignore[method-assign,assignment]
     assert edge.put_back(world.cloud, world.order, within_s=5, clock=lambda: world.at, sleep=world.sleep) is False
 
 
@@ -176,6 +192,78 @@ def test_a_cloud_that_fails_is_asked_again_until_the_time_is_up(layout: Layout) 
     world.cloud.firewalls.clear()
     with pytest.raises(CloudError, match="no firewall alpha-edge with id 3"):
         edge.put_back(world.cloud, world.order, within_s=2, clock=lambda: world.at, sleep=world.sleep)
+
+
+@pytest.mark.parametrize(
+    "stumble", [KeyError("code"), TypeError("list indices"), AttributeError("get"), ValueError("json")]
+)
+def test_an_answer_that_nobody_expects_does_not_end_the_last_resort(layout: Layout, stumble: Exception) -> None:
+    world = World(layout, gone=True, account=ON_TRIAL)
+    edge.mark_closing(layout, world.order)
+    real, asked = world.cloud.firewall, []
+
+    def stumble_twice(name: str) -> Firewall | None:
+        asked.append(world.at)
+        if len(asked) < 3:
+            raise stumble
+        return real(name)
+
+    world.cloud.firewall = stumble_twice  # type: ignore[method-assign]
+    assert world.run()[1] == "opened the edge again; host told"
+    assert world.open
+
+
+def test_an_answer_that_is_never_understood_is_said_by_its_kind_alone(layout: Layout) -> None:
+    world = World(layout, gone=True, account=ON_TRIAL)
+    edge.mark_closing(layout, world.order)
+
+    def stumble(name: str) -> Firewall | None:
+        raise KeyError("canary: whatever the answer held")
+
+    world.cloud.firewall = stumble  # type: ignore[method-assign]
+    did = world.run()[1]
+    assert "THE EDGE COULD NOT BE OPENED AGAIN" in did
+    assert "(KeyError)" in did
+    assert "canary" not in did
+    assert edge.unfinished(layout, "alpha") == world.order
+
+
+def test_a_windows_label_goes_only_once_its_rule_is_seen_to_be_gone(layout: Layout) -> None:
+    world = World(layout, order(kind="window", rules=(UDP,)), rules=(SSH, UDP))
+    world.cloud.set_labels(world.cloud.firewalls[0], {**world.order.labels, WINDOW_LABEL: "20261127T120000Z"})
+    real = world.cloud.set_rules
+
+    def refuse(*_: object) -> None:
+        raise CloudError("server error")
+
+    def back() -> bool:
+        return edge.put_back(world.cloud, world.order, within_s=2, clock=lambda: world.at, sleep=world.sleep)
+
+    world.cloud.set_rules = refuse  # type: ignore[method-assign,assignment]
+    with pytest.raises(CloudError, match="server error"):
+        back()
+    assert WINDOW_LABEL in world.cloud.firewalls[0].labels
+    world.cloud.set_rules = real  # type: ignore[method-assign]
+    applied, world.cloud.servers = world.cloud.servers, [replace(world.cloud.servers[0], firewalls={3: "pending"})]
+    with pytest.raises(CloudError, match="it is pending"):
+        back()
+    assert (world.open, WINDOW_LABEL in world.cloud.firewalls[0].labels) == (False, True)
+    world.cloud.servers = applied
+    assert back()
+    assert world.cloud.firewalls[0].labels == world.order.labels
+
+
+def test_a_windows_label_is_there_before_its_rule(layout: Layout) -> None:
+    opened = order(kind="window", labels={WINDOW_LABEL: "20261127T120000Z"})
+    world = World(layout, opened)
+
+    def refuse(*_: object) -> None:
+        raise CloudError("server error")
+
+    world.cloud.set_labels = refuse  # type: ignore[method-assign,assignment]
+    with pytest.raises(CloudError, match="server error"):
+        edge.put_back(world.cloud, opened, within_s=2, clock=lambda: world.at, sleep=world.sleep)
+    assert not world.open
 
 
 def test_an_order_comes_back_as_it_was_kept_and_holds_nothing_secret(layout: Layout) -> None:
