@@ -156,14 +156,14 @@ def _payload(text: str) -> Any:
             with Path(text[1:]).open("rb") as handle:
                 content = handle.read(PAYLOAD_BYTES + 1)
         else:
-            content = text.encode()
+            content = os.fsencode(text)
     except OSError as error:
         raise click.UsageError(f"--payload cannot be read: {error.strerror}") from error
     if len(content) > PAYLOAD_BYTES:
         raise click.UsageError(f"--payload is larger than {PAYLOAD_BYTES} bytes")
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.UsageError(f"--payload is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise click.UsageError("--payload is not a JSON object")

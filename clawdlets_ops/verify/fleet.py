@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.files import ensure_dir, write_atomic
 from clawdlets_ops.finding import Finding, State, exit_code
 from clawdlets_ops.hetzner import Cloud
+from clawdlets_ops.journal import printable
 from clawdlets_ops.process import Runner
 from clawdlets_ops.project import Project
 from clawdlets_ops.verify import catalogue, fleet_report, repository, run, signature
@@ -27,6 +28,9 @@ FLEET_REPORT_VERSION = 1
 ASKED_AT_ONCE = 4
 REPORTS_KEPT = 100
 NOT_RUN = "RUN-01"
+
+States = dict[str, dict[str, str]]
+"""Host → check → how it came out."""
 
 
 @dataclass(frozen=True)
@@ -102,46 +106,93 @@ def verify_fleet(
         except ClawdletsError as error:
             outcomes |= dict.fromkeys(subjects, error)
     outcomes = {host: outcomes[host] for host in hosts}
-    before = newest(project.layout.fleet_reports)
+    before = newest(project.layout.fleet_reports, whole=not wanted)
     ensure_dir(folder)
-    document = _document(outcomes, wanted, before, folder, at=at, duration_s=time.monotonic() - started)
-    write_atomic(folder / "report.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(folder / "report.html", fleet_report.page(document, checks))
-    write_atomic(folder / "report.sarif", fleet_report.sarif(document, checks) + "\n")
-    write_atomic(folder / "junit.xml", fleet_report.junit(document))
-    for one in (project.layout.fleet_reports, *map(project.layout.reports, hosts)):
-        _prune(one)
+    document = _document(
+        outcomes, wanted, before, folder, at=at, duration_s=time.monotonic() - started, declared=project.fleet.hosts
+    )
+    for name, text in (
+        ("report.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n"),
+        ("report.html", fleet_report.page(document, checks)),
+        ("report.sarif", fleet_report.sarif(document, checks) + "\n"),
+        ("junit.xml", fleet_report.junit(document)),
+    ):
+        write_atomic(folder / name, text.encode(errors="replace"))
+    last_whole = newest(project.layout.fleet_reports, whole=True) if wanted else document
+    _prune(project.layout.fleet_reports, spare=last_whole["run"] if last_whole else "")
+    for host in hosts:
+        _prune(project.layout.reports(host))
     signed, why = _sign(project, hosts, folder / "report.json", runner)
     return FleetReport(document, folder, document["exitCode"], signed, why)
 
 
-def _prune(folder: Path) -> None:
-    """Keep the newest reports; what else is in the folder stays."""
+def _prune(folder: Path, *, spare: str = "") -> None:
+    """Keep the newest reports, and the one that the next whole verification is compared with; what else is there stays."""
     stamped = sorted(path for path in folder.glob("[0-9]*T[0-9]*Z") if path.is_dir() and not path.is_symlink())
     for path in stamped[:-REPORTS_KEPT]:
-        shutil.rmtree(path)
+        if path.name != spare:
+            shutil.rmtree(path)
 
 
-def newest(folder: Path) -> dict[str, Any] | None:
-    """The last report of the fleet that can be read, None without one."""
+def newest(folder: Path, *, whole: bool = False) -> dict[str, Any] | None:
+    """The last report of the fleet that can be read, None without one. ``whole``: none that was made of some checks alone."""
     for path in sorted(folder.glob("*/report.json"), reverse=True):
         try:
             document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(document, dict) and document.get("fleetReportVersion") == FLEET_REPORT_VERSION:
+        if not isinstance(document, dict) or document.get("fleetReportVersion") != FLEET_REPORT_VERSION:
+            continue
+        if not (whole and document.get("only")):
             return document
     return None
 
 
+def states(findings: Sequence[Mapping[str, Any]]) -> States:
+    """How each check came out."""
+    found: States = {}
+    for one in findings:
+        found.setdefault(one["host"], {})[one["check"]] = one["state"]
+    return found
+
+
+def last_known(before: Mapping[str, Any] | None) -> States:
+    """How each check came out when it was last made, as a report tells: also of a host that could not be verified then."""
+    if before is None:
+        return {}
+    return {**states(before["findings"]), **before.get("known", {})}
+
+
+def known_after(known: States, findings: Sequence[Mapping[str, Any]], *, whole: bool) -> States:
+    """``known`` with what ``findings`` tell. What was not made this time stays as it was, unless a ``whole`` verification
+    of the host had no such check any more."""
+    after = dict(known)
+    for host, now in states(findings).items():
+        stays = {} if whole and NOT_RUN not in now else known.get(host, {})
+        after[host] = {**{check: state for check, state in stays.items() if check != NOT_RUN}, **now}
+    return after
+
+
+def differences(known: States, findings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What came out otherwise than when it was last made: ``{host, check, was, now}``.
+
+    Of a host that is known, a check that was never made (``was`` is "") counts when it did not pass; that a host cannot be
+    verified counts for each, and that it can be verified again is told as ``RUN-01`` that passes.
+    """
+    told = []
+    for host, made in states(findings).items():
+        was = known.get(host, {})
+        now = {NOT_RUN: str(State.PASS), **made} if NOT_RUN in was else made
+        for check, state in now.items():
+            counts = (host in known and state in (State.FAIL, State.UNKNOWN)) or check == NOT_RUN
+            if (check in was or counts) and was.get(check, "") != state:
+                told.append({"host": host, "check": check, "was": was.get(check, ""), "now": state})
+    return told
+
+
 def changes(before: Mapping[str, Any] | None, findings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Which checks came out otherwise than in ``before``: ``{host, check, was, now}``. Those made only once are left out."""
-    was = {(one["host"], one["check"]): one["state"] for one in before["findings"]} if before else {}
-    return [
-        {"host": one["host"], "check": one["check"], "was": was[one["host"], one["check"]], "now": one["state"]}
-        for one in findings
-        if was.get((one["host"], one["check"]), one["state"]) != one["state"]
-    ]
+    """The ``differences`` to what was known with ``before``; none without it."""
+    return differences(last_known(before), findings) if before else []
 
 
 def _document(
@@ -152,6 +203,7 @@ def _document(
     *,
     at: datetime,
     duration_s: float,
+    declared: Collection[str],
 ) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     findings: list[dict[str, Any]] = []
@@ -162,30 +214,32 @@ def _document(
                 state=State.UNKNOWN,
                 claim="The host can be verified at all.",
                 host=host,
-                observed=outcome.what,
+                observed=printable(outcome.what),
                 vantage="this machine",
-                fix=outcome.fix,
+                fix=printable(outcome.fix),
             )
             findings.append({**lost.as_json(), "severity": "critical", "durationS": 0.0})
-            rows.append({"host": host, "summary": outcome.what, "mode": "", "evidenceSha256": "", "page": ""})
+            rows.append({"host": host, "summary": lost.observed, "mode": "", "evidenceSha256": "", "page": ""})
         else:
             one = json.loads(outcome.report_json.read_text(encoding="utf-8"))
             findings += one["findings"]
             page = Path("..") / ".." / host / outcome.report_html.parent.name / outcome.report_html.name
             rows.append({**{key: one[key] for key in ("host", "summary", "mode", "evidenceSha256")}, "page": str(page)})
-    states = [Finding(one["check"], State(one["state"]), one["claim"]) for one in findings]
+    made = [Finding(one["check"], State(one["state"]), one["claim"]) for one in findings]
+    known = {host: one for host, one in last_known(before).items() if host in ("", *declared)}
     return {
         "fleetReportVersion": FLEET_REPORT_VERSION,
         "at": at.isoformat(timespec="seconds"),
         "run": folder.name,
         "durationS": round(duration_s, 3),
-        "exitCode": exit_code(states),
+        "exitCode": exit_code(made),
         "summary": fleet_report.summary(len(rows), findings),
         "only": list(only),
         "hosts": rows,
         "findings": findings,
         "comparedWith": before["run"] if before else None,
         "changes": changes(before, findings),
+        "known": known_after(known, findings, whole=not only),
     }
 
 

@@ -9,10 +9,12 @@ from xml.etree import ElementTree
 from clawdlets_ops import pages
 from clawdlets_ops import sarif as sarif_file
 from clawdlets_ops.finding import State
+from clawdlets_ops.journal import printable
 from clawdlets_ops.verify import report
 from clawdlets_ops.verify.catalogue import Check
 
 _LEVELS = {"critical": "error", "high": "error", "medium": "warning", "low": "note"}
+NEW = "new"  # a check that was not made before
 
 
 def summary(hosts: int, findings: Sequence[Mapping[str, Any]]) -> str:
@@ -31,8 +33,13 @@ def text(document: Mapping[str, Any], page: str) -> str:
                 lines += [f"        → {one['fix']}"] if one["fix"] else []
     lines += [f"{row['host']}: {row['summary']}" for row in document["hosts"]]
     for change in document["changes"]:
-        lines.append(f"changed {change['host']}  {change['check']}: {change['was']} → {change['now']}")
-    return "\n".join([*lines, document["summary"], f"report: {page}"])
+        lines.append(f"changed {change['host']}  {change['check']}: {change['was'] or NEW} → {change['now']}")
+    return "\n".join(_shown(line) for line in (*lines, document["summary"], f"report: {page}"))
+
+
+def _shown(words: str) -> str:
+    """For a terminal: nothing that it would obey, and what has several lines does not look like something else of ours."""
+    return "\n        ".join(printable(line) for line in words.splitlines())
 
 
 def sarif(document: Mapping[str, Any], checks: Sequence[Check]) -> str:
@@ -118,7 +125,7 @@ def page(document: Mapping[str, Any], checks: Sequence[Check]) -> str:
         rows=_rows(document["findings"], {check.id: check for check in checks}),
         hosts=[row["host"] for row in document["hosts"]],
         unknown=[one for one in document["findings"] if one["state"] == State.UNKNOWN],
-        words={str(state): words for state, words in report.WORDS.items()},
+        words={"": ("", NEW), **{str(state): words for state, words in report.WORDS.items()}},
     )
 
 

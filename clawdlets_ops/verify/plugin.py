@@ -28,6 +28,7 @@ import pytest
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.files import write_atomic
 from clawdlets_ops.finding import Finding, State, exit_code
+from clawdlets_ops.journal import printable
 from clawdlets_ops.process import LocalRunner
 from clawdlets_ops.verify import EXPECTATION_VERSION
 from clawdlets_ops.verify.evidence import METHODS, HostEvidence, Once, look_at
@@ -175,6 +176,7 @@ class Verification:
         report = yield
         self._seconds[item.nodeid] = self._seconds.get(item.nodeid, 0.0) + call.duration
         state, text = self._judge(item, call)
+        text = printable(text)  # a host has a say in it
         if state is not None:
             known = self._found.get(item.nodeid)
             if known is None or _RANK[state] >= _RANK[known[0]]:
@@ -212,7 +214,9 @@ class Verification:
                     host: {"sha256": one.facts_sha256, "facts": one.raw_facts} for host, one in self._evidence.items()
                 },
             }
-            write_atomic(Path(self._findings_file), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+            # One host's text that is no Unicode must not take the findings about all others along.
+            text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+            write_atomic(Path(self._findings_file), text.encode(errors="replace"))
 
     def pytest_unconfigure(self) -> None:
         for pool in (self._pool, self._looks):
@@ -234,7 +238,7 @@ class Verification:
         if isinstance(error, pytest.skip.Exception):
             return State.UNKNOWN, f"was skipped: {error.msg}"
         if isinstance(error, ClawdletsError):
-            return State.UNKNOWN, error.what.strip().splitlines()[0]
+            return State.UNKNOWN, error.what.strip().partition("\n")[0]
         return (
             State.UNKNOWN,
             f"the check broke: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}",
@@ -285,7 +289,7 @@ class Seen:
         if not self._pieces:
             return ""
         text = json.dumps(self._pieces, sort_keys=True, ensure_ascii=False, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 class Watched(dict[str, Any]):

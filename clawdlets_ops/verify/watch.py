@@ -12,8 +12,11 @@ import requests
 from clawdlets_ops.errors import ClawdletsError
 from clawdlets_ops.files import write_atomic
 from clawdlets_ops.finding import State
+from clawdlets_ops.journal import printable
 from clawdlets_ops.sensitive import Secret
-from clawdlets_ops.verify.fleet import FleetReport
+from clawdlets_ops.verify import fleet
+from clawdlets_ops.verify.fleet import FleetReport, States
+from clawdlets_ops.verify.fleet_report import NEW
 
 HOOK_TIMEOUT_S = 10.0
 _NUMBERS = {State.PASS: 1, State.FAIL: 0, State.UNKNOWN: -1, State.NOT_APPLICABLE: 2}
@@ -32,19 +35,21 @@ def watch(
     """Call ``verify`` every ``every_s`` seconds, ``times`` times or until ``wait`` says True (somebody ended it).
 
     Returns the exit status of the last verification, 2 when it could not be made. The first one is always told of, later
-    ones when a check or the verdict changed. ``hook`` is a URL that gets a POST with ``{summary, exitCode, changes}`` as
-    JSON; one that fails is told of and tried again with the next change.
+    ones when a check or the verdict changed, since the last look or since the last report. ``hook`` is a URL that gets a
+    POST with ``{summary, exitCode, changes}`` as JSON; one that fails is told of and tried again with the next change.
     """
     done, last = 0, None
+    known: States = {}
     while True:
         try:
             document = verify().document
         except ClawdletsError as error:
             document = {"summary": f"could not verify: {error.what}", "exitCode": 2, "changes": []}
+        document, known = _since(known, document)
         code: int = document["exitCode"]
         verdict = (code, "findings" in document)
         if document["changes"] or verdict != last:
-            say("; ".join([document["summary"], *map(_told, document["changes"])]))
+            say(printable("; ".join([document["summary"], *map(_told, document["changes"])])))
             if hook is not None:
                 _post(hook, document, say)
         last = verdict
@@ -74,8 +79,23 @@ def metrics(document: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _since(known: States, document: Mapping[str, Any]) -> tuple[Mapping[str, Any], States]:
+    """The report with what is otherwise than ``known`` among its changes, and what is known now: somebody else may have
+    verified since, and a report is compared with theirs."""
+    if "findings" not in document:
+        return document, known
+    if not known:
+        return document, fleet.last_known(document)
+    found = {
+        (change["host"], change["check"]): change
+        for change in (*document["changes"], *fleet.differences(known, document["findings"]))
+    }
+    after = fleet.known_after(known, document["findings"], whole=not document.get("only"))
+    return {**document, "changes": list(found.values())}, after
+
+
 def _told(change: Mapping[str, str]) -> str:
-    return f"{change['host']} {change['check']}: {change['was']} → {change['now']}"
+    return f"{change['host']} {change['check']}: {change['was'] or NEW} → {change['now']}"
 
 
 def _post(hook: Secret, document: Mapping[str, Any], say: Callable[[str], None]) -> None:

@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -224,6 +225,25 @@ def test_the_facts_of_a_good_host_satisfy_the_suite_and_hold_no_secret(root: Pat
 def test_a_fault_on_a_small_host_is_seen(root: Path, tmp_path: Path, checks: set[str], change: str) -> None:
     _, results = small_host(root, tmp_path, change=change)
     assert {check for check, (state, _) in results.items() if state == "fail"} == checks, results
+
+
+@needs_root
+@needs_programs
+@pytest.mark.usefixtures("marker")
+def test_a_bot_that_stops_what_runs_as_itself_does_not_hold_up_the_others(root: Path, tmp_path: Path) -> None:
+    """As a bot may: it stops every process of its own user, again and again. Its attempts prove nothing then; all else is said."""
+    stop = "while :; do kill -STOP -1; sleep 0.02; done"
+    # in its own process group and session, so that it does not stop itself; ends with the namespace's shell
+    change = f"setsid setpriv --reuid bot-maren --regid 7003 --clear-groups sh -c 'trap \"\" STOP; {stop}' & echo $! >$work/stopper"
+    began = time.monotonic()
+    try:
+        printed, results = small_host(root, tmp_path, change=change)
+    finally:
+        os.kill(int((tmp_path / "stopper").read_text()), signal.SIGKILL)
+    assert time.monotonic() - began < 200
+    assert results["SSH-06"] == ("pass", "")
+    assert results["EGR-03"][0] == "unknown"
+    assert "=== " + NONCE + " end system" in printed
 
 
 @needs_root

@@ -142,6 +142,34 @@ def test_the_exit_status(root: Path, tmp_path: Path, chosen: str, exit_code: int
     assert run_plugin(root, tmp_path, CHECKS, "-k", chosen)[0].exit_code == exit_code
 
 
+HOSTILE_HOST = """
+import pytest
+
+@pytest.mark.parametrize("state", ["pass", "fail", "unknown", "broken"])
+def test_it(expected, _saw, observe, unknown, state):
+    text = "chain \\ud800\\x1b[2J"
+    if expected["host"] == "alpha":
+        _saw.note("nft", text)
+        if state == "fail":
+            raise AssertionError(text)
+        if state == "unknown":
+            unknown(text)
+        if state == "broken":
+            raise ValueError(text)
+        observe(text)
+"""
+
+
+def test_one_host_s_text_that_is_no_unicode_costs_no_other_host_its_findings(root: Path, tmp_path: Path) -> None:
+    result, found = run_plugin(root, tmp_path, HOSTILE_HOST, hosts=("alpha", "beta"))
+    assert found is not None, result.stdout + result.stderr
+    of = {host: [one for one in found["findings"] if one["host"] == host] for host in ("alpha", "beta")}
+    assert sorted(one["state"] for one in of["alpha"]) == ["fail", "pass", "unknown", "unknown"]
+    assert all("chain \N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}[2J" in one["observed"] for one in of["alpha"])
+    assert all(one["evidenceSha256"] for one in of["alpha"])
+    assert {one["state"] for one in of["beta"]} == {"pass"}
+
+
 def test_only_the_checks_that_were_named(root: Path, tmp_path: Path) -> None:
     result, found = run_plugin(root, tmp_path, CHECKS, "--only", "A-1", "--only", "A-4")
     assert [finding["check"] for finding in found["findings"]] == ["A-1", "A-4"], result.stdout

@@ -126,6 +126,15 @@ def test_the_text_names_what_did_not_pass_and_what_to_do(document: dict[str, Any
     assert text.splitlines()[-2] == "2 hosts: 1 passed, 1 failed, 1 unknown, 1 not applicable"
 
 
+def test_nothing_that_a_host_said_reaches_the_terminal_as_a_command(document: dict[str, Any]) -> None:
+    document["hosts"][0]["summary"] = HOSTILE
+    document["findings"][2]["observed"] = "no vantage\x1b]0;x\x07\u202e\nalpha: 60 passed"
+    text = fleet_report.text(document, "report.html")
+    assert not set("\x1b\x07\u202e") & set(text)
+    assert text.count("<script>alert(1)</script>\N{REPLACEMENT CHARACTER}[2J") == 2
+    assert "\nalpha: 60 passed" not in text
+
+
 def test_every_check_of_the_suite_is_in_the_catalogue_once() -> None:
     checks = catalogue.catalogue()
     idents = [check.id for check in checks]
@@ -154,7 +163,9 @@ def test_a_host_that_cannot_be_verified_is_unknown_and_the_report_is_made(root: 
         assert stat.S_IMODE((made.folder / name).stat().st_mode) == 0o600
     assert fleet.newest(project.layout.fleet_reports) == made.document
     again = fleet.verify_fleet(project, ("alpha",), runner=FakeRunner(), cloud=FakeCloud())
-    assert again.document["comparedWith"] == made.document["run"]
+    assert again.document["comparedWith"] is None  # the first was of one check alone
+    last = fleet.verify_fleet(project, ("alpha",), runner=FakeRunner(), cloud=FakeCloud())
+    assert last.document["comparedWith"] == again.document["run"]
 
 
 @pytest.mark.parametrize(("hosts", "only"), [(("gamma",), ()), (("alpha",), ("SSH-99",))])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import time
 from typing import Any
 
 import pytest
 
+from clawdlets_ops.verify.suite import nft
 from clawdlets_ops.verify.suite.nft import Packet, interfaces, judge, surely_dropped
+from clawdlets_ops.verify.suite.reading import Unknown
 
 IIFNAME = {"meta": {"key": "iifname"}}
 DPORT = {"payload": {"protocol": "tcp", "field": "dport"}}
@@ -174,3 +178,70 @@ def test_a_rule_for_some_users_holds_for_them_alone() -> None:
     assert [held(0), held(7), held(None)] == [True, False, False]
     objects[0]["set"]["elem"] = ["bot-free"]  # a name that we cannot compare with a number
     assert not held(0)
+
+
+def jump(target: str) -> dict[str, Any]:
+    return {"jump": {"target": target}}
+
+
+def test_chains_that_each_jump_to_the_next_twice_are_followed_once() -> None:
+    levels = [rule(f"c{number}", jump(f"c{number + 1}")) for number in range(60) for _ in range(2)]
+    started = time.monotonic()
+    assert dropped([base("input"), rule("input", jump("c0")), *levels])
+    assert not dropped([base("input"), rule("input", jump("c0")), *levels, rule("c60", match(DPORT, 22), ACCEPT)])
+    assert time.monotonic() - started < 5
+
+
+class Forgetful(dict[str, Any]):
+    """Keeps nothing: every chain is followed each time that something leads to it."""
+
+    def __contains__(self, _name: object) -> bool:
+        return False
+
+
+class ForgetfulWalk(nft._Walk):
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._ends = Forgetful()
+
+
+def test_what_is_remembered_of_a_chain_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(7)  # noqa: S311 - rulesets to try, no secrets
+    open_match = match({"meta": {"key": "mark"}}, 1)
+    rulesets = []
+    for _ in range(400):
+        objects = [base("c0", chance.choice(("drop", "accept")))]
+        for number in range(6):
+            for _ in range(chance.randint(0, 3)):
+                verdict: Any = chance.choice((ACCEPT, DROP, {"return": None}, *[None] * 5))
+                if verdict is None:
+                    target = {"target": f"c{chance.randint(number + 1, 6)}"}
+                    verdict = {chance.choice(("jump", "goto")): target}
+                count: list[Any] = [{"counter": {"packets": 0, "bytes": 0}}] if chance.random() < 0.5 else []
+                objects.append(rule(f"c{number}", *([open_match] if chance.random() < 0.5 else []), *count, verdict))
+        rulesets.append(objects)
+    found = [judge(objects, Packet(4, "eth0", 22)) for objects in rulesets]
+    assert len({str(verdicts) for verdicts in found}) > 4
+    monkeypatch.setattr(nft, "_Walk", ForgetfulWalk)
+    assert [judge(objects, Packet(4, "eth0", 22)) for objects in rulesets] == found
+
+
+def test_a_loop_is_never_surely_a_drop_wherever_it_is_entered() -> None:
+    loop = [rule("a", jump("b")), rule("b", jump("a")), rule("b", DROP)]
+    for first, second in (("a", "b"), ("b", "a")):
+        assert not dropped([base("input"), rule("input", jump(first)), rule("input", jump(second)), *loop])
+
+
+def test_sets_of_sets_that_take_too_many_steps_are_unknown() -> None:
+    sets = [
+        {"set": {"family": "inet", "table": "nixos-fw", "name": f"s{number}", "type": "inet_service", "elem": [f"@s{number + 1}"] * 2}}
+        for number in range(40)
+    ]  # fmt: skip
+    with pytest.raises(Unknown, match="steps to follow"):
+        dropped([base("input"), rule("input", match(DPORT, "@s0"), ACCEPT), *sets])
+
+
+def test_many_base_chains_of_one_great_table_are_unknown() -> None:
+    chains = [base(f"input{number}") for number in range(1000)]
+    with pytest.raises(Unknown, match="steps to follow"):
+        dropped([*chains, *(rule("other", ACCEPT) for _ in range(1000))])

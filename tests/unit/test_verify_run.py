@@ -20,10 +20,10 @@ from clawdlets_ops.process import Command
 from clawdlets_ops.project import Project
 from clawdlets_ops.testing import FakeRunner
 from clawdlets_ops.vantage import Vantage
-from clawdlets_ops.verify.evidence import read_attempt
+from clawdlets_ops.verify.evidence import ATTEMPT_TIMEOUT_S, FACTS_TIMEOUT_S, read_attempt
 from clawdlets_ops.verify.expectation import build_expectation, fingerprint
 from clawdlets_ops.verify.report import document, page, summary
-from clawdlets_ops.verify.run import verify_host
+from clawdlets_ops.verify.run import ROUND_S, suite_timeout_s, verify_host, verify_hosts
 from clawdlets_ops.verify.ssh_config import control_path, known_hosts, ssh_config
 
 PIN = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE1vY2tIb3N0S2V5Rm9yVGVzdHNPbmx5MDAwMDAwMDAw root@alpha"
@@ -274,6 +274,28 @@ def test_a_run_leaves_a_private_report(root: Path, tmp_path: Path) -> None:
     (command,) = runner.ran
     assert command.timeout_s == 300
     assert command.env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] == "1"
+
+
+def test_a_text_that_is_no_unicode_is_in_the_report_all_the_same(root: Path, tmp_path: Path) -> None:
+    runner = ScriptedSuite([finding("A-1", "fail", observed="a chain \ud800")], 1)
+    folder = tmp_path / "report"
+    verify_host(make_project(root, tmp_path), "alpha", expectation(root), runner=runner, report_dir=folder)
+    assert json.loads((folder / "report.json").read_text())["findings"][0]["observed"] == "a chain ?"
+    assert "a chain ?" in (folder / "report.html").read_text()
+
+
+def test_every_host_has_the_time_to_hang_when_they_are_asked_one_after_the_other() -> None:
+    assert ROUND_S == FACTS_TIMEOUT_S + ATTEMPT_TIMEOUT_S
+    assert [suite_timeout_s(hosts, 16) for hosts in (0, 1, 16, 17)] == [300, 300, 300, 300 + ROUND_S]
+    for hosts in range(1, 40):
+        assert suite_timeout_s(hosts, 1) > hosts * ROUND_S
+
+
+def test_the_suite_is_given_the_time_that_its_hosts_may_take(root: Path, tmp_path: Path) -> None:
+    runner = ScriptedSuite([finding("A-1", "pass"), finding("A-1", "pass", host="beta")], 0)
+    subjects = {host: ({**expectation(root), "host": host}, tmp_path / host) for host in ("alpha", "beta")}
+    verify_hosts(make_project(root, tmp_path), subjects, runner=runner, folder=tmp_path / "all", parallel=1)
+    assert runner.ran[0].timeout_s == 300 + ROUND_S
 
 
 @pytest.mark.parametrize(

@@ -846,6 +846,11 @@ def test_another_host_s_fault_is_not_this_one_s() -> None:
         (text_edit("store", "needles 6", "needles 0"), "unknown", {"STO-01", "STO-03", "STO-06"}),
         (text_edit("store", "paths 12", "paths many"), "unknown", {"STO-01", "STO-03", "STO-06"}),
         (text_edit("store", "paths 12", "paths 0"), "not-applicable", {"STO-01", "STO-03"}),
+        (appended("store", "grep: /nix/store/a-b: Input/output error"), "unknown", {"STO-01", "STO-03", "STO-06"}),
+        (appended("store", "hit shared /nix/store/a-b\ngrep: memory exhausted"), "fail", {"STO-01"}),
+        (appended("store", "hit shared /nix/store/a-b\ngrep: memory exhausted"), "unknown", {"STO-03"}),
+        (appended("store", "hit shared /nix/store/a.drv\nbroken off with 123"), "unknown", {"STO-01"}),
+        (appended("units", "grep: /etc/x: Input/output error"), "unknown", {"STO-06"}),
     ],
 )
 def test_a_search_that_proves_nothing_is_not_passed(

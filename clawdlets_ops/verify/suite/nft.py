@@ -2,7 +2,8 @@
 
 Three-valued: a match on something that the packet leaves open (its source address, a mark, a set that changes by itself)
 may or may not hold. The result of a base chain is therefore a set of outcomes, and a packet counts as dropped only when
-"drop" is the one outcome that is left. A drop in one base chain is final whatever the others accept (nft(8)).
+"drop" is the one outcome that is left. A drop in one base chain is final whatever the others accept (nft(8)). The ruleset is a
+host's: one that takes too many steps to follow is Unknown.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .reading import Unknown
+
 ACCEPT, DROP, RETURN, NEXT = "accept", "drop", "return", "next"
 
 _SEES = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}
 # Statements that neither decide nor depend on the packet.
 _PASSIVE = {"counter", "log", "mangle", "notrack", "set", "map", "secmark", "last", "comment", "ct helper"}
+# Rules and elements that are looked at for one packet; a large firewall has thousands.
+MAX_STEPS = 500_000
 _PROTOCOL_NUMBERS = {6: "tcp", 17: "udp", 1: "icmp", 58: "ipv6-icmp"}
 
 
@@ -95,13 +100,20 @@ class Verdict:
 
 
 def judge(objects: Sequence[Mapping[str, Any]], packet: Packet) -> list[Verdict]:
-    """The verdict of every base chain of filter type that sees ``packet``; empty when none does."""
+    """The verdict of every base chain of filter type that sees ``packet``; empty when none does. Unknown when it takes more
+    than ``MAX_STEPS``."""
     found = []
+    steps = _Steps()
+    tables: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for item in objects:
+        for kind in ("rule", "set", "map"):
+            if kind in item:
+                tables.setdefault((item[kind]["family"], item[kind]["table"]), []).append(item[kind])
     for chain in (item["chain"] for item in objects if "chain" in item):
         if chain.get("hook") != packet.hook or chain.get("type") != "filter":
             continue
         if packet.family in _SEES.get(chain["family"], ()):
-            walk = _Walk(objects, packet, chain["family"], chain["table"])
+            walk = _Walk(tables.get((chain["family"], chain["table"]), ()), packet, steps)
             ends = walk.chain(chain["name"], ())
             outcomes = {chain.get("policy", ACCEPT) if end == RETURN else end for end in ends}
             found.append(
@@ -163,18 +175,29 @@ def _speaks_of_interface(left: Any) -> bool:
     return isinstance(left, Mapping) and left.get("meta", {}).get("key") in ("iif", "iifname", "oif", "oifname")
 
 
-class _Walk:
-    """One packet through the chains of one table. ``drops``: for each rule that surely drops, whether it counts."""
+class _Steps:
+    """How many steps one packet has taken, in all chains."""
 
-    def __init__(self, objects: Sequence[Mapping[str, Any]], packet: Packet, family: str, table: str) -> None:
+    def __init__(self) -> None:
+        self._left = MAX_STEPS
+
+    def take(self, number: int = 1) -> None:
+        """Unknown when there are none left."""
+        self._left -= number
+        if self._left < 0:
+            raise Unknown(f"the firewall's rules take more than {MAX_STEPS} steps to follow")
+
+
+class _Walk:
+    """One packet through the chains of one table; ``here`` are its rules, sets and maps. ``drops``: for each rule that surely
+    drops, whether it counts."""
+
+    def __init__(self, here: Sequence[Mapping[str, Any]], packet: Packet, steps: _Steps) -> None:
         self.packet = packet
         self.drops: list[bool] = []
-        here = [
-            item[kind]
-            for item in objects
-            for kind in ("rule", "set", "map")
-            if kind in item and (item[kind]["family"], item[kind]["table"]) == (family, table)
-        ]
+        self._steps = steps
+        self._steps.take(len(here))
+        self._ends: dict[str, frozenset[str]] = {}
         self._sets = {part["name"]: part for part in here if "name" in part and "expr" not in part}
         self._rules: dict[str, list[list[Any]]] = {}
         for part in here:
@@ -182,12 +205,19 @@ class _Walk:
                 self._rules.setdefault(part["chain"], []).append(part["expr"])
 
     def chain(self, name: str, above: tuple[str, ...]) -> set[str]:
-        """How a packet that enters the chain may leave it: accept, drop, return."""
+        """How a packet that enters the chain may leave it: accept, drop, return. Followed once: where a packet came from
+        changes nothing but what a loop is cut off at, and a loop that is cut off gives all that there can be."""
         if name in above:
             return {ACCEPT, DROP, RETURN}  # nft refuses loops; should one be there, nothing is sure
+        if name not in self._ends:
+            self._ends[name] = frozenset(self._through(name, (*above, name)))
+        return set(self._ends[name])
+
+    def _through(self, name: str, above: tuple[str, ...]) -> set[str]:
         ends: set[str] = set()
         for statements in self._rules.get(name, []):
-            sure, result = self._rule(statements, (*above, name))
+            self._steps.take()
+            sure, result = self._rule(statements, above)
             ends |= result - {NEXT}
             if sure and NEXT not in result:
                 return ends
@@ -243,6 +273,7 @@ class _Walk:
         if value is _ABSENT:
             return {NEXT}
         for key, verdict in elements:
+            self._steps.take()
             inside = self._inside(value, key)
             if inside is False:
                 continue
@@ -278,6 +309,7 @@ class _Walk:
 
     def _inside(self, value: Any, right: Any) -> bool | None:
         """Whether ``value`` is, or is among, ``right``."""
+        self._steps.take()
         if value is _OPEN:
             return None
         if isinstance(right, list):

@@ -232,25 +232,50 @@ def test_no_secret_comes_from_the_store(expected: dict[str, Any], facts: dict[st
     observe(seen)
 
 
-def leaks(facts: Mapping[str, Any], name: str) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """What a search for known secrets says: its numbers by name, and (secret, place) of each hit. Unknown when it did not
-    find its own canary, or looked for nothing."""
+# What a search says, line by line; any other line is a complaint of one of its programs.
+_SAID_BY_SEARCH = ("control", "needles", "paths", "which", "units")
+
+
+def _anywhere(_place: str) -> bool:
+    return True
+
+
+def _in_derivation(place: str) -> bool:
+    return place.endswith(".drv")
+
+
+def _in_output(place: str) -> bool:
+    return not _in_derivation(place)
+
+
+def leaks(
+    facts: Mapping[str, Any], name: str, where: Callable[[str], bool] = _anywhere
+) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """What a search for known secrets says: its numbers by name, and (secret, place) of each hit in such a place. Unknown
+    when it did not find its own canary; or complained and has no such hit: what could not be read was not searched."""
     numbers: dict[str, str] = {}
-    hits = []
+    hits: list[tuple[str, str]] = []
+    complaints = []
     for line in section(facts, name).splitlines():
         word, _, rest = line.partition(" ")
         if word == "hit":
             secret, _, place = rest.partition(" ")
-            hits.append((secret, place))
-        else:
+            hits += [(secret, place)] if where(place) else []
+        elif word in _SAID_BY_SEARCH:
             numbers[word] = rest
+        else:
+            complaints.append(line)
+    if complaints and not hits:
+        raise Unknown(f"the search broke off, or a line is not understood: {complaints[0][:200]!r}")
     if numbers.get("control") != "found":
         raise Unknown("the search did not even find its own canary")
     return numbers, hits
 
 
-def _searched(facts: Mapping[str, Any]) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    numbers, hits = leaks(facts, "store")
+def _searched(
+    facts: Mapping[str, Any], where: Callable[[str], bool] = _anywhere
+) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    numbers, hits = leaks(facts, "store", where)
     if not numbers.get("needles", "").isdigit() or not numbers.get("paths", "").isdigit():
         raise Unknown("the host did not say how much it searched")
     return numbers, hits
@@ -273,8 +298,8 @@ def _enough(numbers: Mapping[str, str]) -> None:
 def test_no_secret_is_in_the_store(facts: dict[str, Any], observe: Observe) -> None:
     """Every decrypted secret of the host, and its base64, in the store paths that no cache has signed; the search must find a
     canary of its own first (STO-02)."""
-    numbers, hits = _searched(facts)
-    faults = [f"{secret} is in {place}" for secret, place in hits if not place.endswith(".drv")]
+    numbers, hits = _searched(facts, _in_output)
+    faults = [f"{secret} is in {place}" for secret, place in hits]
     seen = settle(faults, f"{numbers['needles']} needles in {numbers['paths']} store paths: the canary alone was found")
     _enough(numbers)
     observe(seen)
@@ -289,8 +314,8 @@ def test_no_secret_is_in_the_store(facts: dict[str, Any], observe: Observe) -> N
 )
 def test_no_secret_is_in_a_derivation(facts: dict[str, Any], observe: Observe) -> None:
     """The same in .drv files: the output of a derivation may be clean where the derivation is not."""
-    numbers, hits = _searched(facts)
-    faults = [f"{secret} is in {place}" for secret, place in hits if place.endswith(".drv")]
+    numbers, hits = _searched(facts, _in_derivation)
+    faults = [f"{secret} is in {place}" for secret, place in hits]
     seen = settle(faults, f"{numbers['needles']} needles in {numbers['paths']} store paths: none is in a derivation")
     _enough(numbers)
     observe(seen)
