@@ -423,7 +423,8 @@ class HetznerCloud:
             return answer
 
         try:
-            return self._patiently(send) if patient else send()
+            with answers.understood(what, self._endpoint, OutcomeUnknown):
+                return self._patiently(send) if patient else send()
         except hcloud.APIException as error:
             code = str(error.code)
             if code in ("unauthorized", "401"):
@@ -459,7 +460,8 @@ class HetznerCloud:
 
     def _ask(self, what: str, call: Callable[[], T]) -> T:
         try:
-            return self._patiently(call)
+            with answers.understood(what, self._endpoint):
+                return self._patiently(call)
         except hcloud.APIException as error:
             if error.code in ("unauthorized", 401):
                 raise _wrong_token() from None

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import requests
 from hcloud import APIException
 
 from clawdlets_ops.cloud import Firewall, FirewallRule, Offer, PlacementGroup, PrimaryIp, Server, SshKey, Volume
+from clawdlets_ops.errors import CloudError
+
+
+@contextmanager
+def understood(what: str, endpoint: str, kind: type[CloudError] = CloudError) -> Iterator[None]:
+    """What python-hcloud stumbles over (a gateway's answer, half of one) becomes an error of ours, without its text."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, requests.exceptions.RequestException):
+            raise
+        raise kind(f"{what}: the API's answer was not understood ({type(error).__name__})", where=endpoint) from None
 
 
 def server(found: Any) -> Server:

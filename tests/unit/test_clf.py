@@ -23,18 +23,8 @@ PROGRAM = "from clawdlets_ops.clf import main; main()"
     ],
 )
 def test_what_is_no_payload_is_a_wrong_use(tmp_path: Path, payload: bytes, said: str) -> None:
-    argv = [
-        sys.executable,
-        "-c",
-        PROGRAM,
-        "--socket",
-        tmp_path / "none",
-        "jobs",
-        "enqueue",
-        "count",
-        "--payload",
-        payload,
-    ]
+    words = [sys.executable, "-c", PROGRAM, "--socket", str(tmp_path / "none"), "jobs", "enqueue", "count", "--payload"]
+    argv = [*map(os.fsencode, words), payload]
     done = subprocess.run(argv, capture_output=True, env={"PATH": os.environ["PATH"]})
     assert done.returncode == 2
     assert said in done.stderr.decode()
