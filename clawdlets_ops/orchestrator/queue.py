@@ -51,6 +51,9 @@ from clawdlets_ops.orchestrator.rows import (
 )
 from clawdlets_ops.orchestrator.store import Ids, Store, events, jobs
 
+HOUR_MS = 3_600_000
+AN_HOUR = 20
+"""How many times as many jobs a requester may ask for within an hour as it may have unfinished."""
 KEEP_MS = 7 * 24 * 3600 * 1000
 ERROR_CHARS = 500
 
@@ -113,7 +116,8 @@ class Queue:
         """As ``enqueue``, in an event loop.
 
         ``how``: ``idempotency_key``, ``priority``, ``run_at`` (ms; None is now), ``max_attempts``, ``max_unfinished`` of this
-        requester and ``max_unfinished_in_all`` of this kind (None: as many as they like). IdempotencyConflict, TooMany.
+        requester (and AN_HOUR times as many within an hour) and ``max_unfinished_in_all`` of this kind (None: as many as they
+        like). IdempotencyConflict, TooMany.
         """
         job_id, operation = self._asking(kind, payload, requester=requester, **how)
         return await self._store.submit_here(operation) or job_id
@@ -159,7 +163,7 @@ class Queue:
                     if same["payload_digest"] != row["payload_digest"]:
                         raise IdempotencyConflict(same["job_id"])
                     return str(same["job_id"])
-            _within_caps(connection, kind, requester, max_unfinished, max_unfinished_in_all)
+            _within_caps(connection, kind, requester, now, max_unfinished, max_unfinished_in_all)
             connection.execute(jobs.insert(), row)
             return None
 
@@ -409,13 +413,22 @@ class Queue:
         return self._store.write(operation)
 
 
-def _within_caps(connection: Connection, kind: str, requester: str, mine: int | None, everyones: int | None) -> None:
-    unfinished = (
-        sa.select(sa.func.count())
-        .select_from(jobs)
-        .where(jobs.c.kind == kind, jobs.c.status.in_([Status.QUEUED.value, Status.RUNNING.value]))
-    )
-    if mine is not None and connection.execute(unfinished.where(jobs.c.requester == requester)).scalar_one() >= mine:
-        raise TooMany(f"{requester} has {mine} unfinished {kind} jobs, which is the most")
-    if everyones is not None and connection.execute(unfinished).scalar_one() >= everyones:
+def _within_caps(
+    connection: Connection, kind: str, requester: str, now: int, mine: int | None, everyones: int | None
+) -> None:
+    """TooMany where there are as many as there may be; what has ended is stored for a while too, so a requester's jobs are
+    counted by the hour as well."""
+
+    def count(*where: sa.ColumnElement[bool]) -> int:
+        query = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.kind == kind, *where)
+        return int(connection.execute(query).scalar_one())
+
+    unfinished = jobs.c.status.in_([Status.QUEUED.value, Status.RUNNING.value])
+    of_requester = jobs.c.requester == requester
+    if mine is not None:
+        if count(unfinished, of_requester) >= mine:
+            raise TooMany(f"{requester} has {mine} unfinished {kind} jobs, which is the most")
+        if count(of_requester, jobs.c.created_at.between(now - HOUR_MS, now)) >= AN_HOUR * mine:
+            raise TooMany(f"{requester} has asked for {AN_HOUR * mine} {kind} jobs within an hour, which is the most")
+    if everyones is not None and count(unfinished) >= everyones:
         raise TooMany(f"there are {everyones} unfinished {kind} jobs, which is the most")

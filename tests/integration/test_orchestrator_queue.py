@@ -205,6 +205,20 @@ def test_caps_hold_for_one_bot_and_for_all(queue: Queue) -> None:
     queue.enqueue("work", {}, requester="b", **caps)
 
 
+def test_asking_and_canceling_does_not_fill_the_store(queue: Queue, clock: HandClock) -> None:
+    for _ in range(20 * 2):
+        queue.cancel(queue.enqueue("work", {}, requester="a", max_unfinished=2))
+    with pytest.raises(TooMany, match="a has asked for 40 work jobs within an hour"):
+        queue.enqueue("work", {}, requester="a", max_unfinished=2)
+    assert queue.enqueue("work", {}, requester="b", max_unfinished=2)
+    assert queue.enqueue("other", {}, requester="a", max_unfinished=2)
+    queue.cancel(queue.enqueue("work", {}, requester="a"))  # whom nothing bounds
+    clock.now -= 7_200_000
+    queue.cancel(queue.enqueue("work", {}, requester="a", max_unfinished=2))
+    clock.now += 7_200_000 + 3_600_001
+    queue.cancel(queue.enqueue("work", {}, requester="a", max_unfinished=2))
+
+
 def test_a_job_nobody_had_is_canceled_at_once_and_not_twice(queue: Queue) -> None:
     job_id = queue.enqueue("work", {}, requester="a")
     with pytest.raises(NoSuchJob):
