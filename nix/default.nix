@@ -25,16 +25,18 @@ rec {
     clawdlets = host;
     users.users.admin.openssh.authorizedKeys.keys =
       builtins.filter (line: !builtins.elem (body line) (map body (host.sshAuthorizedKeys or [ ]))) (ownKey root host);
-  } // (if it.cattle.enabled && it.cattle.host == name && host.orchestrator.enable then ordersCattle root it.cattle host else { });
+  } // (if (it.cattle.host or null) == name && host.orchestrator.enable then ordersCattle root it.cattle host else { });
 
-  # What the orchestrator that orders cattle reads of it, and the port where machines ask for their environment.
+  # What the orchestrator that orders cattle reads of it, and the port where machines ask for their environment. Where cattle is not
+  # enabled any more, it has to know that: it ends what runs.
   ordersCattle = root: cattle: host: let section = builtins.toJSON cattle; personas = root + "/fleet/personas"; in {
     environment.etc = {
       ${etc paths.cattleDeclared} = { inherit (paths.cattleDeclared) mode; text = section; };
+    } // (if cattle.enabled then {
       ${etc paths.tailnetPorts} = { inherit (paths.tailnetPorts) mode; text = "${toString host.orchestrator.bootstrapPort}\n"; };
-    } // (if builtins.pathExists personas then { ${etc paths.cattlePersonas}.source = personas; } else { });
+    } else { }) // (if cattle.enabled && builtins.pathExists personas then { ${etc paths.cattlePersonas}.source = personas; } else { });
     systemd.services.clf-orchestrator.restartTriggers = [ section ];
-    systemd.services.clawdlets-firewall.restartTriggers = [ (toString host.orchestrator.bootstrapPort) ];
+    systemd.services.clawdlets-firewall.restartTriggers = [ "${toString host.orchestrator.bootstrapPort} ${builtins.toJSON cattle.enabled}" ];
   };
 
   # nixosConfigurations of every host in the fleet file (PROJECT/fleet/clawdlets.json). Throws when Python would refuse it.

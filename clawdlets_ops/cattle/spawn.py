@@ -3,6 +3,7 @@
 What is about to be done is written down first (``context.remember``), under these keys of the job's state:
 
 ``order``     name, order number, deadline, what is ordered: before anything else
+``silentSince`` since when the API has not answered, where there is no server
 ``waitsSince`` since when there has been no room for it
 ``keyId``     of the auth key that its machine was given and may not have used
 ``postedAt``  before the request that creates the server is sent; from here on there may be a server
@@ -25,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
-from clawdlets_ops.cattle import labels, userdata
+from clawdlets_ops.cattle import labels, room, userdata
 from clawdlets_ops.cattle.keys import KeyDesk
 from clawdlets_ops.cattle.orders import Offer, Wanted, judge
 from clawdlets_ops.cattle.userdata import Parts, PersonaFile
@@ -115,25 +116,28 @@ class Spawner:
     room_s: float = 3600.0
     jitter: Callable[[], float] = randomness.random
     new_order: Callable[[], str] = field(default=lambda: secrets.token_hex(8))
+    servers_lately: room.Servers = field(default_factory=room.Servers, compare=False)
 
     def __call__(self, job: Job, context: Context) -> Json:
         """See the job's server through its life; the result of the job is what the task said, and when what happened.
 
         An API that does not answer a question costs no attempt: what is there is still there, and is asked about later, for
-        as long as the server may live, or ``room_s`` where there is none.
+        as long as the server may live, or for ``room_s`` where none is known.
         """
         try:
             return self._live(job, context)
         except OutcomeUnknown:
             raise
         except (CloudError, UnreachableError) as error:
-            job = _as_now(job, context.remember())
-            posted = "postedAt" in job.state
-            deadline_s = job.state["order"]["deadline"] + OVERTIME_S if posted else job.created_at / 1000 + self.room_s
-            if context.clock() >= 1000 * deadline_s:
+            job, now = _as_now(job, context.remember()), context.clock()
+            since = min(int(job.state.get("silentSince", now)), now)
+            until = since + 1000 * self.room_s
+            if "serverId" in job.state:
+                until = 1000 * (job.state["order"]["deadline"] + OVERTIME_S)
+            if now >= until:
                 raise
-            if not posted:
-                context.remember(order=None)  # it takes nobody's place
+            # Where nothing was ordered, it takes nobody's place.
+            context.remember(silentSince=since, **({} if "postedAt" in job.state else {"order": None}))
             raise Later(f"{error.where}: {error.what}", after_s=min(30.0, self.look_s)) from None
 
     def _live(self, job: Job, context: Context) -> Json:
@@ -145,7 +149,7 @@ class Spawner:
             return self._ended(_as_now(job, context.remember(goneAt=context.clock())), context)
         if server is None:
             server = self._order(job, context)
-        job = _as_now(job, context.remember(serverId=server.id))
+        job = _as_now(job, context.remember(serverId=server.id, silentSince=None))
         self.tokens.bind(job.job_id, server.id)
         return self._watch(job, context, server)
 
@@ -278,34 +282,20 @@ class Spawner:
         other's.
         """
         job = _as_now(job, context.remember(order=dict(order)))
-        full = self._full(job, wanted)
+        full = room.full(job, wanted, self.unfinished(), self._ours, self.servers_lately, good_for_s=self.look_s)
         if full is None:
             return _as_now(job, context.remember(waitsSince=None))
         if "postedAt" not in job.state:  # else what it may have made still counts
             job = self._forget(job, context)
-        since = int(job.state.get("waitsSince", context.clock()))
-        if not 0 <= context.clock() - since < self.room_s * 1000:
+        now = context.clock()
+        since = min(int(job.state.get("waitsSince", now)), now)
+        if now - since >= self.room_s * 1000:
             raise Fatal(f"there was no room for {self.room_s:.0f} s: {full}")
-        context.remember(waitsSince=since)
+        context.remember(waitsSince=since, silentSince=None)
         raise Later(f"waits for room: {full}", after_s=self.look_s * (0.5 + self.jitter()))
 
-    def _full(self, job: Job, wanted: Wanted) -> str | None:
-        """Why there is no room. What counts is every server with our labels, whatever its power (one that is off is paid
-        for too), and every order whose server is not there yet."""
-        bot = labels.bot_label(job.requester)
-        owners: dict[str, str] = {}
-        for other in self.unfinished():
-            if other.state.get("order") and other.state.get("goneAt") is None:
-                owners[other.job_id] = labels.bot_label(other.requester)
-        for server in self.cloud.servers_with(labels.of_orchestrator(self.host)):
-            owners[server.labels.get(labels.JOB, str(server.id))] = server.labels.get(labels.BOT, "")
-        owners.pop(job.job_id, None)
-        of_bot = list(owners.values()).count(bot)
-        if len(owners) >= wanted.max_in_all:
-            return f"there are {len(owners)} cattle servers, and {wanted.max_in_all} are the most"
-        if of_bot >= wanted.max_of_bot:
-            return f"{job.requester} has {of_bot} cattle servers, and {wanted.max_of_bot} are the most"
-        return None
+    def _ours(self) -> Sequence[Server]:
+        return self.cloud.servers_with(labels.of_orchestrator(self.host))
 
     def _firewall(self) -> Firewall:
         found = self.cloud.make_firewall(FIREWALL, rules=RULES, labels={MANAGED_BY: MANAGER, labels.CATTLE: "true"})

@@ -317,7 +317,7 @@ def cattle_labels_are_complete(snapshot: Snapshot) -> Iterator[Verdict]:
         yield unknown(why) if declared.enabled or found else beside("cattle is not enabled in the fleet file")
         return
     if not declared.enabled:
-        left = [f"{one.name} (id {one.id}) is there, and cattle is not enabled: nobody reaps it" for one in found]
+        left = [f"{one.name} (id {one.id}) is there, and cattle is not enabled any more" for one in found]
         yield settled(left, "") if left else beside("cattle is not enabled in the fleet file")
         return
     faults = [

@@ -123,13 +123,17 @@ def orchestrator_files(fleet: Fleet, host: str, programs: str, *, personas: Path
 
 
 def cattle_files(fleet: Fleet, host: str, personas: Path) -> Files:
-    """What the fleet says of cattle, the personas' files and the open port; nothing unless this host orders cattle."""
-    if not fleet.orders_cattle(host):
+    """What the fleet says of cattle, the personas' files and the open port; the first alone where cattle is not enabled, and
+    nothing unless it is this host's business."""
+    if fleet.cattle.host != host or not fleet.host(host).orchestrator.enable:
         return {}
     declared, ports = CATTLE_DECLARED, TAILNET_PORTS
     section = fleet.cattle.model_dump_json(by_alias=True)
+    said: Files = {str(declared.path.relative_to("/")): (declared.mode, section.encode())}
+    if not fleet.orders_cattle(host):
+        return said
     return {
-        str(declared.path.relative_to("/")): (declared.mode, section.encode()),
+        **said,
         str(ports.path.relative_to("/")): (
             ports.mode,
             "".join(f"{port}\n" for port in fleet.tailnet_ports(host)).encode(),

@@ -43,13 +43,13 @@ def held(connection: Connection, job: Job) -> RowMapping | None:
 
 def due(now: int) -> sa.ColumnElement[bool]:
     """Waits, and need not any more. Not by its time alone, for the clock may have been set back: what was due when it was asked
-    for still is, and what was begun is never put off further than the longest backoff."""
+    for, or given back, still is (who is put off has a time after the last change), and what was begun is never put off further than the longest backoff."""
     begun = sa.or_(jobs.c.attempt > 0, jobs.c.state_json != "{}")
     return sa.and_(
         jobs.c.status == Status.QUEUED.value,
         sa.or_(
             jobs.c.run_at <= now,
-            jobs.c.run_at <= jobs.c.created_at,
+            sa.and_(jobs.c.run_at <= jobs.c.created_at, jobs.c.run_at <= jobs.c.updated_at),
             sa.and_(begun, jobs.c.run_at > now + BACKOFF_MAX_MS),
         ),
     )

@@ -282,12 +282,14 @@ class Store:
             tell(told)
         self._committer.close()
 
-    def _commit(self, batch: list[Asked]) -> list[Told]:
+    def _commit(self, batch: list[Asked], *, again: bool = False) -> list[Told]:
         """One transaction for all; when one of them fails, one for each, unless it is the store that fails: then none of them
         has a chance, and each trying by itself would have all wait for all."""
         try:
             return self._committer.commit(batch)
         except BaseException as error:
+            if not again and isinstance(error, StoreError) and error.reason == "unreachable":
+                return self._commit(batch, again=True)  # a connection may be stale: the next one is new
             if len(batch) == 1 or (isinstance(error, StoreError) and error.reason in _OF_THE_STORE):
                 return [(waiter, None, error) for _, waiter in batch]
             return [told for one in batch for told in self._commit([one])]

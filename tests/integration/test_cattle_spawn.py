@@ -212,7 +212,7 @@ def test_caps_hold_in_all_and_per_bot_with_several_workers_at_once(desk: Desk) -
                 job = desk.job(job_id)
                 if "runningAt" in job.state and job.task_result is None:
                     desk.finish(job_id)
-            return all(desk.job(job_id).status in (Status.DONE, Status.FAILED, Status.QUEUED) for job_id in jobs)
+            return all(desk.job(job_id).status is Status.DONE for job_id in jobs)
 
         desk.until(step, timeout_s=40)
     assert 1 <= most <= 2
@@ -271,6 +271,54 @@ def test_an_api_that_is_silent_for_too_long_is_a_failure(desk: Desk) -> None:
     desk.clock._offset += 24 * 3_600_000
     assert desk.worker().run_one()
     assert (desk.job(job_id).status, desk.job(job_id).attempt) == (Status.QUEUED, 1)
+
+
+def test_an_order_without_an_answer_and_an_api_that_stays_silent_end_as_well(desk: Desk) -> None:
+    """Each new order has a new deadline: that is no bound."""
+    desk.fault("timeout POST /servers seconds=3 times=1")
+    job_id = desk.enqueue()
+    assert desk.worker().run_one()  # whether there is a server is not known
+    assert "postedAt" in desk.job(job_id).state
+    desk.fault("answer 503 GET /firewalls")
+    for _ in range(3):
+        desk.clock._offset += 20_000
+        assert desk.worker().run_one()
+    assert (
+        desk.job(job_id).attempt == 2
+    )  # the second attempt was put off once, and failed when it had been silent for 30 s
+
+
+def test_who_waits_for_room_asks_the_api_where_the_orders_do_not_say_it(desk: Desk) -> None:
+    desk.cattle = herd(maxInstances=1, maxPerBot=1)
+    first = desk.enqueue()
+    with desk.working():
+        desk.until(lambda: "runningAt" in desk.job(first).state)
+        waiting = [desk.enqueue() for _ in range(5)]
+        other, before = desk.worker("other"), desk.cloud.calls.count("servers_with")
+        for _ in range(20):
+            desk.until(lambda: other.run_one())
+        assert all("waits for room" in desk.job(job_id).last_error for job_id in waiting)
+        assert desk.cloud.calls.count("servers_with") == before
+        for job_id in waiting:
+            desk.queue.cancel(job_id)
+        desk.finish(first)
+        desk.until(lambda: desk.job(first).status is Status.DONE)
+
+
+def test_a_clock_that_was_set_back_ends_no_waiting_for_room(desk: Desk) -> None:
+    desk.cattle = herd(maxInstances=1, maxPerBot=1)
+    first = desk.enqueue()
+    with desk.working():
+        desk.until(lambda: "runningAt" in desk.job(first).state)
+        second, other = desk.enqueue(), desk.worker("other")
+        desk.until(lambda: other.run_one())
+        desk.clock._offset -= 600_000
+        desk.until(lambda: other.run_one())
+        assert desk.job(second).status is Status.QUEUED
+        assert "waits for room" in desk.job(second).last_error
+        desk.queue.cancel(second)
+        desk.finish(first)
+        desk.until(lambda: desk.job(first).status is Status.DONE)
 
 
 def test_who_waits_for_room_leaves_the_worker_to_others_and_gets_its_whole_time(desk: Desk) -> None:

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from clawdlets_ops.cattle import personas
+from clawdlets_ops.cattle import personas, wiring
 from clawdlets_ops.errors import OrchestratorError
 from clawdlets_ops.fleet import parse_fleet
 from clawdlets_ops.lab import host_orchestrator
-from clawdlets_ops.orchestrator.daemon import Config, read_config
+from clawdlets_ops.orchestrator.daemon import Config, Parts, read_config
+from clawdlets_ops.orchestrator.queue import Queue
+from clawdlets_ops.orchestrator.store import open_sqlite
+from clawdlets_ops.orchestrator.tokens import Tokens
+from clawdlets_ops.orchestrator.vending import SecretFiles
 from tests.contract.test_nix_fleet import WHOLE
 from tests.egress_fleet import host_in
 
@@ -65,8 +69,31 @@ def test_nothing_is_laid_down_where_it_is_not_declared() -> None:
     fleet = parse_fleet(json.dumps(WHOLE))
     assert host_orchestrator.orchestrator_files(fleet, "beta", "programs", personas=Path("none"), keys=[]) == {}
     assert host_orchestrator.cattle_files(fleet, "beta", Path("none")) == {}
+
+
+def test_an_orchestrator_whose_cattle_is_switched_off_learns_of_it_and_goes_on_reaping(tmp_path: Path) -> None:
     fleet = parse_fleet(json.dumps({**WHOLE, "cattle": {**WHOLE["cattle"], "enabled": False}}))
-    assert host_orchestrator.cattle_files(fleet, "alpha", Path("none")) == {}
+    ((name, (_, content)),) = host_orchestrator.cattle_files(fleet, "alpha", Path("none")).items()
+    assert name == "etc/clf/cattle.json"
+    (tmp_path / "cattle.json").write_bytes(content)
+    document = host_orchestrator.config_of(fleet.host("alpha").orchestrator, [])
+    (tmp_path / "config.json").write_text(json.dumps({**document, "cattleFile": str(tmp_path / "cattle.json")}))
+    config = read_config(tmp_path / "config.json")
+    assert (config.cattle.enabled, config.cattle.host) == (False, "alpha")
+    (tmp_path / "state").mkdir(mode=0o700)
+    (tmp_path / "secrets").mkdir()
+    store = open_sqlite(tmp_path / "state" / "state.sqlite")
+    try:
+        queue, tokens = Queue(store, lambda: 0), Tokens(store, lambda: 0)
+        parts = Parts(config, queue, tokens, SecretFiles([tmp_path / "secrets"]), lambda: 0, lambda: "")
+        assert wiring.make_work(parts).kinds == ()  # without its token it can do nothing
+        (tmp_path / "secrets" / "hcloud_token").write_text("canary-token")
+        work = wiring.make_work(parts)
+    finally:
+        store.close()
+    assert [kind.name for kind in work.kinds] == ["cattle.spawn", "cattle.reap"]
+    assert work.kinds[0].validate({}, "maren")[0].message == "cattle is not enabled"
+    assert work.periodic == {"cattle.reap": wiring.REAP_EVERY_S}
 
 
 def test_what_is_declared_of_cattle_is_laid_down_and_read_by_the_daemon(tmp_path: Path) -> None:

@@ -618,6 +618,18 @@ def test_a_clock_that_was_set_back_puts_off_nothing_that_was_due(queue: Queue, c
     assert queue.get(planned).status is Status.QUEUED
 
 
+def test_a_clock_that_was_set_back_takes_no_wait_away(queue: Queue, clock: HandClock) -> None:
+    job_id = queue.enqueue("work", {}, requester="a", max_attempts=5)
+    clock.now -= 3_600_000
+    queue.put_off(leased(queue), "there is no room", after_ms=20_000)
+    assert queue.lease("w", LEASES) is None
+    clock.now += 20_000
+    queue.fail(leased(queue), "not now")
+    assert queue.lease("w", LEASES) is None
+    clock.now += backoff_ms(1)
+    assert leased(queue).job_id == job_id
+
+
 def test_a_clean_up_while_the_worker_is_stopped_waits_where_it_says_so(queue: Queue, clock: HandClock) -> None:
     beats: list[int] = []
     worker: Worker

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import event
@@ -51,6 +52,23 @@ def test_what_a_loop_asks_for_at_one_time_is_one_commit_of_its_own(queue: Queue,
     assert commits == {"MainThread": 1}
     assert {job.job_id for job in queue.list_jobs(limit=100)} == set(jobs)
     assert all(len(queue.events(job_id)) == 1 for job_id in jobs)
+
+
+def test_a_connection_that_has_gone_stale_costs_nobody_his_answer(queue: Queue, store: Store) -> None:
+    """As after a restart of PostgreSQL: the first commit meets the old connection."""
+    real, failed = store._committer.commit, []
+
+    def commit(batch: Any) -> Any:
+        if not failed:
+            failed.append(len(batch))
+            raise StoreError("the database does not answer", reason="unreachable")
+        return real(batch)
+
+    store._committer.commit = commit  # type: ignore[method-assign]
+    with store._turn:
+        waiting = [store.submit(queue._asking("work", {}, requester="a")[1]) for _ in range(20)]
+    assert [future.exception() for future in waiting] == [None] * 20
+    assert len(failed) == 1
 
 
 def test_an_answer_comes_after_the_commit(queue: Queue, path: Path) -> None:
