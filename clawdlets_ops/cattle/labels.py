@@ -79,6 +79,12 @@ def read(labels: Mapping[str, str]) -> Brand | None:
     )
 
 
+def are_of(job_id: str, labels: Mapping[str, str]) -> bool:
+    """Whether these are the whole label set of a server of this job."""
+    brand = read(labels)
+    return brand is not None and brand.job_id == job_id
+
+
 def missing(labels: Mapping[str, str]) -> tuple[str, ...]:
     """Which of our labels are not there, or are not of their form."""
     return tuple(name for name, form in _FORMS.items() if not form.fullmatch(labels.get(name, "")))

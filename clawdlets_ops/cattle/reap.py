@@ -177,11 +177,10 @@ def apply(
         check()
         try:
             seen = cloud.server_by_id(doomed.id)
-            brand = labels.read(seen.labels) if seen is not None else None
-            if seen is not None and (brand is None or brand.job_id != doomed.job_id):
-                faults.append(f"{doomed.name} is labelled differently now, and is left alone")
-                continue
             if seen is not None:
+                if not labels.are_of(doomed.job_id, seen.labels):
+                    faults.append(f"{doomed.name} is labelled differently now, and is left alone")
+                    continue
                 cloud.delete_server(doomed.id)
             begun.append(doomed)
         except OutcomeUnknown:

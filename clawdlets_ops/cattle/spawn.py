@@ -310,7 +310,7 @@ class Spawner:
         self._void(job, context)
         key = self.keys.mint(name, ttl_s=seconds(cattle.tailnet.key_ttl))
         if key.key_id:
-            context.remember(keyId=key.key_id)
+            job = _as_now(job, context.remember(keyId=key.key_id))
         if key.warning:
             context.note(key.warning)
             log.warning("job %s: %s", job.job_id, key.warning)
@@ -339,7 +339,7 @@ class Spawner:
         except CattleError as error:
             faults = [str(error).replace("\n", " ")]
         if faults:
-            self._void(_as_now(job, context.remember()), context)
+            self._void(job, context)
             raise Fatal(f"the user data is not sent: {'; '.join(faults)}")
         return document
 
@@ -439,8 +439,7 @@ class Spawner:
         to ask for the same deletion again, after a look, can do no harm."""
         pause = 0.2
         while (seen := self.cloud.server_by_id(server_id)) is not None:
-            brand = labels.read(seen.labels)
-            if brand is None or brand.job_id != job.job_id:
+            if not labels.are_of(job.job_id, seen.labels):
                 raise Fatal(f"server {server_id} does not carry this job's labels any more: it is left alone")
             context.check()
             try:

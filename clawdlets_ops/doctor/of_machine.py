@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from clawdlets_ops.cattle.labels import ORCHESTRATOR, missing
 from clawdlets_ops.doctor.bench import TOOLS, Tool
-from clawdlets_ops.doctor.judging import Verdict, beside, failed, passed, settled, unknown, without
+from clawdlets_ops.doctor.judging import Verdict, beside, failed, passed, settled, some, unknown, without
 from clawdlets_ops.doctor.snapshot import (
     Bench,
     Blind,
@@ -308,25 +308,24 @@ def labels_are_complete(snapshot: Snapshot) -> Iterator[Verdict]:
 def cattle_labels_are_complete(snapshot: Snapshot) -> Iterator[Verdict]:
     """CAT-02: what lacks a label is never deleted by us, and what nobody is there to reap neither: it is paid for until
     somebody does it by hand."""
-    if isinstance(snapshot.fleet, Wrong):
-        yield unknown("the fleet file is not acceptable (FLT-01)")
+    found, idle = snapshot.cattle, _no_cattle(snapshot)
+    if idle is not None and (isinstance(snapshot.fleet, Wrong) or not found):
+        yield idle
         return
-    found, declared = snapshot.cattle, snapshot.fleet.cattle
     if found is None or isinstance(found, Blind):
-        why = found.why if found else "the API was not asked"
-        yield unknown(why) if declared.enabled or found else beside("cattle is not enabled in the fleet file")
+        yield unknown(found.why if found else "the API was not asked")
         return
-    if not declared.enabled:
-        left = [f"{one.name} (id {one.id}) is there, and cattle is not enabled any more" for one in found]
-        yield settled(left, "") if left else beside("cattle is not enabled in the fleet file")
+    if idle is not None or isinstance(snapshot.fleet, Wrong):
+        yield failed(some([f"{one.name} (id {one.id}) is there, and cattle is not enabled any more" for one in found]))
         return
+    home = snapshot.fleet.cattle.host
     faults = [
         f"{one.name} (id {one.id}) has no proper {', '.join(lacks)}" for one in found if (lacks := missing(one.labels))
     ]
     faults += [
         f"{one.name} (id {one.id}) is of the orchestrator of {whose}, which is not cattle.host"
         for one in found
-        if (whose := one.labels.get(ORCHESTRATOR, declared.host)) != declared.host
+        if (whose := one.labels.get(ORCHESTRATOR, home)) != home
     ]
     off = sum(one.status == "off" for one in found)
     paid = f"; {off} of them are switched off, and are paid for" if off else ""

@@ -130,7 +130,7 @@ def cattle_files(fleet: Fleet, host: str, personas: Path) -> Files:
     declared, ports = CATTLE_DECLARED, TAILNET_PORTS
     section = fleet.cattle.model_dump_json(by_alias=True)
     said: Files = {str(declared.path.relative_to("/")): (declared.mode, section.encode())}
-    if not fleet.orders_cattle(host):
+    if not fleet.cattle.enabled:
         return said
     return {
         **said,

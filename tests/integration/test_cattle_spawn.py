@@ -390,13 +390,19 @@ def test_a_server_that_is_switched_off_counts_and_its_job_ends(desk: Desk) -> No
     assert "sent no result" in desk.job(job_id).last_error
 
 
-def test_a_canceled_job_leaves_no_server_and_no_token(desk: Desk) -> None:
+def canceled(desk: Desk) -> str:
+    """A job that is canceled when it has its server."""
     job_id = desk.enqueue()
     with desk.working():
         desk.until(lambda: "serverId" in desk.job(job_id).state)
         desk.queue.cancel(job_id)
         desk.until(lambda: desk.job(job_id).status is Status.CANCELED)
     assert desk.servers() == ()
+    return job_id
+
+
+def test_a_canceled_job_leaves_no_server_and_no_token(desk: Desk) -> None:
+    job_id = canceled(desk)
     assert desk.tokens.revoke(job_id) == 0
     assert desk.keys.revoked == ["k1"]
 
@@ -429,12 +435,7 @@ def test_the_key_of_a_worker_that_died_is_revoked_before_another_is_minted(desk:
 
 def test_a_key_that_cannot_be_revoked_is_told_and_keeps_no_job_from_its_end(desk: Desk) -> None:
     desk.keys.fault = UnreachableError("does not answer", where="tailnet")
-    job_id = desk.enqueue()
-    with desk.working():
-        desk.until(lambda: "serverId" in desk.job(job_id).state)
-        desk.queue.cancel(job_id)
-        desk.until(lambda: desk.job(job_id).status is Status.CANCELED)
-    assert desk.servers() == ()
+    job_id = canceled(desk)
     assert any(
         "k1 is not revoked, and runs out by itself: does not answer" in event.message
         for event in desk.queue.events(job_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -13,6 +12,7 @@ from clawdlets_ops.cloud import Firewall
 from clawdlets_ops.errors import CloudError, OutcomeUnknown
 from clawdlets_ops.hetzner import HetznerCloud
 from clawdlets_ops.sensitive import Secret
+from tests.serving import serving
 
 pytestmark = pytest.mark.integration
 
@@ -62,23 +62,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def gateway() -> Iterator[Gateway]:
-    server = Gateway()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Gateway()) as server:
+        yield server
+
+
+def asking(gateway: Gateway, status: int, content: bytes) -> HetznerCloud:
+    """Our client before a gateway that answers so."""
+    gateway.status, gateway.content = status, content
+    endpoint = f"http://127.0.0.1:{gateway.server_address[1]}/v1"
+    return HetznerCloud(Secret("canary-token"), endpoint, sleep=lambda _: None)
 
 
 @pytest.mark.parametrize(("status", "content"), ANSWERS)
 def test_a_question_that_is_answered_with_nonsense_is_an_error_of_ours(
     gateway: Gateway, status: int, content: bytes
 ) -> None:
-    gateway.status, gateway.content = status, content
-    cloud = HetznerCloud(
-        Secret("canary-token"), f"http://127.0.0.1:{gateway.server_address[1]}/v1", sleep=lambda _: None
-    )
+    cloud = asking(gateway, status, content)
     asks = (lambda: cloud.server_by_id(7), lambda: cloud.server("alpha"), lambda: cloud.firewall("edge"))
     for ask in asks[:1] if status == 502 else asks:  # python-hcloud asks again, for seconds
         with pytest.raises(CloudError) as caught:
@@ -92,10 +91,7 @@ def test_a_question_that_is_answered_with_nonsense_is_an_error_of_ours(
 def test_a_change_that_is_answered_with_nonsense_may_have_happened_and_is_sent_once(
     gateway: Gateway, status: int, content: bytes
 ) -> None:
-    gateway.status, gateway.content = status, content
-    cloud = HetznerCloud(
-        Secret("canary-token"), f"http://127.0.0.1:{gateway.server_address[1]}/v1", sleep=lambda _: None
-    )
+    cloud = asking(gateway, status, content)
     with pytest.raises(OutcomeUnknown) as caught:
         cloud.set_labels(Firewall(3, "edge", {}, ()), {"a": "b"})
     assert "canary" not in str(caught.value)

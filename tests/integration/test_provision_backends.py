@@ -9,7 +9,6 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from clawdlets_ops.errors import BusyError, CommandError
 from clawdlets_ops.provision.state import CREDENTIALS
 from clawdlets_ops.secrets.statekey import state_key
 from tests.integration.provisioning import Site, site_in
+from tests.serving import serving
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -210,9 +210,7 @@ class StandInStateServer(BaseHTTPRequestHandler):
 
 
 def test_a_state_behind_http_is_encrypted_and_its_lock_says_who(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StandInStateServer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), StandInStateServer)) as server:
         site.environ |= {"TF_HTTP_USERNAME": "clawdlets", "TF_HTTP_PASSWORD": PASSWORD}
         site.declare(state={"backend": "http", "address": f"http://127.0.0.1:{server.server_port}/fleet"})
         site.provision()
@@ -225,9 +223,6 @@ def test_a_state_behind_http_is_encrypted_and_its_lock_says_who(site: Site, monk
         monkeypatch.setattr("clawdlets_ops.tofu.STATE_LOCK_WAIT_S", 1)
         with pytest.raises(BusyError, match="maren@desk since 2026-11-22"):
             site.provision(refresh=True)
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.mark.parametrize(

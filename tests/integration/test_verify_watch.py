@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from clawdlets_ops.errors import VerifyError
 from clawdlets_ops.sensitive import Secret
 from clawdlets_ops.verify.fleet import FleetReport
 from clawdlets_ops.verify.watch import metrics, watch
+from tests.serving import serving
 
 pytestmark = pytest.mark.integration
 
@@ -54,14 +54,8 @@ def hook() -> Iterator[tuple[str, list[Any]]]:
         def log_message(self, *_: object) -> None:
             """Silent."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/canary-hook", told
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as server:
+        yield f"http://127.0.0.1:{server.server_port}/canary-hook", told
 
 
 def test_only_news_is_told(tmp_path: Path, hook: tuple[str, list[Any]]) -> None:
